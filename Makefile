@@ -1,0 +1,239 @@
+# GNU make. `make` alone leaves the static binary at ./lkjwt and never uses
+# the network; `make help` lists the rest.
+#
+#   CC=       a compiler for musl (default musl-gcc)
+#   HOSTCC=   the machine's own, for the unit tests (and stage 1 when CC is a
+#             cross compiler: STAGE1=host)
+#   BEARSSL=  folder of BearSSL 0.6's source; else the tarball that
+#             test/setup.sh left; else the library of libbearssl-dev
+#   CA_FILES= PEM files for the built-in trust anchors
+
+ifeq ($(origin CC),default)
+CC = musl-gcc
+endif
+HOSTCC ?= gcc
+STRIP  ?= strip
+SRC    ?= lkjwt.c
+MAKEFLAGS += --no-builtin-rules
+SHELL = /bin/sh
+export LC_ALL = C
+
+TARBALL     = .deps/bearssl_0.6+dfsg.1.orig.tar.xz
+TARBALL_SHA = 102a625bd8f6155260867a50c508df8d8c3f796985dd744df1a68e5cd1a79004
+
+# Mozilla's set as Debian keeps it, never the machine's bundle where the two
+# can differ: that one may hold an authority of the machine's own.
+MOZILLA  = /usr/share/ca-certificates/mozilla
+CA_FILES ?= $(if $(wildcard $(MOZILLA)),$(MOZILLA)/*.crt,$(firstword \
+	$(wildcard /etc/ssl/certs/ca-certificates.crt \
+	/etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem)))
+
+# ---- flags ----------------------------------------------------------------
+
+MAP   = -ffile-prefix-map=$(CURDIR)/= -ffile-prefix-map=$(CURDIR)=.
+WARN  = -std=c11 -Wall -Wextra -Werror -Wshadow -Wconversion \
+	-Wno-sign-conversion -Wswitch-enum -Wvla -Wundef -Wcast-qual \
+	-Wwrite-strings -Wpointer-arith -Wstrict-prototypes -Wdate-time \
+	-Wmissing-prototypes -Wold-style-definition -Wnull-dereference \
+	-Wformat=2 -Wimplicit-fallthrough -Wframe-larger-than=20480
+OPT   = -O2 -g $(PIC) -ffunction-sections -fdata-sections \
+	-fno-strict-overflow -fno-delete-null-pointer-checks
+HARD  = -fstack-protector-strong -fstack-clash-protection
+LINK  = -static -Wl,--gc-sections -Wl,-z,noexecstack -Wl,-z,relro \
+	-Wl,-z,now -Wl,-z,separate-code -Wl,--build-id=none
+# A static PIE, so that code addresses are random too. musl-gcc's own
+# -static-pie asks for a loader (INTERP): the start files are named instead.
+CRT = $(if $(filter musl-gcc,$(notdir $(firstword $(CC)))),$(patsubst \
+	%/rcrt1.o,%,$(firstword $(wildcard /usr/lib/*-linux-musl/rcrt1.o \
+	/usr/local/musl/lib/rcrt1.o))))
+ifeq ($(CRT),)
+PIC    = -fno-pie
+LINKED = $(LINK)
+else
+PIC    = -fPIE
+LINKED = $(LINK) -nostartfiles -Wl,-pie -Wl,--no-dynamic-linker -Wl,-z,text \
+	$(CRT)/rcrt1.o $(CRT)/crti.o
+CRTN   = $(CRT)/crtn.o
+endif
+# BearSSL finds time and randomness in what lkjwt hands it, or fails: it opens
+# no device and reads no clock.
+BOPT  = -DBR_USE_URANDOM=0 -DBR_USE_UNIX_TIME=0 -w
+
+# ---- BearSSL --------------------------------------------------------------
+
+ifdef BEARSSL
+BSRC = $(abspath $(BEARSSL))
+BDEP =
+MAP += -ffile-prefix-map=$(BSRC)=bearssl
+else ifneq ($(wildcard $(TARBALL)),)
+BSRC = $(CURDIR)/build/bearssl
+BDEP = build/bearssl/.unpacked
+else
+BDEB = $(firstword $(wildcard /usr/lib/*/libbearssl.a))
+endif
+
+ifdef BSRC
+BINC = $(BSRC)/inc
+else
+BINC = build/inc
+endif
+
+.PHONY: all
+all: lkjwt
+
+ifdef BSRC
+build/bearssl/.unpacked: $(TARBALL)
+	@echo "$(TARBALL_SHA)  $<" | sha256sum -c --quiet
+	@rm -rf build/bearssl && mkdir -p build/bearssl
+	@tar -xJf $< -C build/bearssl --strip-components=1 bearssl-0.6/src \
+	    bearssl-0.6/inc bearssl-0.6/LICENSE.txt
+	@touch $@
+
+# One archive for each compiler; the linker takes what is used.
+define bearssl_build
+	@echo "  BEARSSL $@"
+	@rm -rf $(@D)/obj && mkdir -p $(@D)/obj
+	@cd $(@D)/obj && find $(BSRC)/src -name '*.c' | sort | xargs -n 40 \
+	    -P 2 $(1) $(MAP) $(BOPT) -I$(BSRC)/src -I$(BSRC)/inc -c
+	@rm -f $@ && cd $(@D)/obj && ar rcsD $(abspath $@) *.o
+endef
+build/release/libbearssl.a: $(BDEP) Makefile
+	$(call bearssl_build,$(CC) $(OPT) $(HARD))
+build/host/libbearssl.a: $(BDEP) Makefile
+	$(call bearssl_build,$(HOSTCC) -O2 -g -ffunction-sections)
+build/inc.ok: $(BDEP)
+	@mkdir -p build && touch $@
+else ifneq ($(BDEB),)
+# Debian's build is fortified for glibc: these are the names it expects.
+define SHIMS
+#include <stddef.h>
+#include <string.h>
+void *__memcpy_chk(void *d, const void *s, size_t n, size_t cap);
+void *__memcpy_chk(void *d, const void *s, size_t n, size_t cap)
+{ if (n > cap) __builtin_trap(); return memcpy(d, s, n); }
+void *__memmove_chk(void *d, const void *s, size_t n, size_t cap);
+void *__memmove_chk(void *d, const void *s, size_t n, size_t cap)
+{ if (n > cap) __builtin_trap(); return memmove(d, s, n); }
+void *__memset_chk(void *d, int c, size_t n, size_t cap);
+void *__memset_chk(void *d, int c, size_t n, size_t cap)
+{ if (n > cap) __builtin_trap(); return memset(d, c, n); }
+endef
+export SHIMS
+build/inc.ok:
+	@mkdir -p build/inc
+	@cp /usr/include/bearssl/bearssl*.h build/inc/
+	@touch $@
+build/release/libbearssl.a: $(BDEB) Makefile
+	@mkdir -p $(@D)/obj
+	@printf '%s\n' "$$SHIMS" >$(@D)/obj/shims.c
+	@cp $(BDEB) $@
+	@$(CC) $(OPT) -fno-builtin -w -c $(@D)/obj/shims.c -o $(@D)/obj/shims.o
+	@ar rD $@ $(@D)/obj/shims.o
+build/host/libbearssl.a: $(BDEB) Makefile
+	@mkdir -p $(@D) && cp $(BDEB) $@
+else
+build/inc.ok build/release/libbearssl.a build/host/libbearssl.a:
+	@echo "No BearSSL 0.6. Run 'test/setup.sh build', or give its source:" \
+	    "make BEARSSL=folder" >&2
+	@exit 1
+endif
+
+# ---- the binary, in two stages --------------------------------------------
+
+# Stage 1 has no trust anchors built in; it packs them for the real one.
+ifeq ($(STAGE1),host)
+S1_LIB = build/host/libbearssl.a
+S1_CC  = $(HOSTCC) -O1 $(WARN)
+else
+S1_LIB = build/release/libbearssl.a
+S1_CC  = $(CC) $(OPT) $(HARD) $(WARN) $(LINKED)
+S1_END = $(CRTN)
+endif
+COMPILE = $(CC) $(OPT) $(HARD) $(WARN) $(MAP) -isystem $(BINC)
+
+build/stage1/lkjwt: $(SRC) $(S1_LIB) build/inc.ok Makefile
+	@echo "  STAGE1  $@"
+	@mkdir -p $(@D) && : >$(@D)/ca.bin
+	@$(S1_CC) $(MAP) -isystem $(BINC) -Wa,-I$(@D) $< $(S1_LIB) \
+	    $(S1_END) -o $@
+build/ca.bin: build/stage1/lkjwt
+	@echo "  CA      $@"
+	@test -n "$(strip $(CA_FILES))" || { echo "No CA certificates to" \
+	    "build in. Run 'test/setup.sh build' or give CA_FILES=" >&2; exit 1; }
+	@cat $(CA_FILES) | build/stage1/lkjwt --ca-pack >$@.tmp && mv $@.tmp $@
+build/lkjwt.o: $(SRC) build/ca.bin build/inc.ok Makefile
+	@echo "  CC      $@"
+	@$(COMPILE) -Wa,-Ibuild -c $< -o $@
+build/lkjwt.unstripped: build/lkjwt.o build/release/libbearssl.a
+	@echo "  LINK    $@"
+	@$(CC) $(OPT) $(HARD) $(LINKED) $^ $(CRTN) -o $@
+lkjwt: build/lkjwt.unstripped
+	@$(STRIP) -s -R .comment -o $@ $<
+	@echo "  DONE    ./$@, $$(wc -c <$@) bytes"
+.DELETE_ON_ERROR:
+
+# ---- compiled without a warning, by both compilers ------------------------
+
+.PHONY: warn warn-gcc warn-clang
+warn: warn-gcc warn-clang
+warn-gcc warn-clang: warn-%: $(SRC) build/inc.ok
+	@mkdir -p build/warn && : >build/warn/ca.bin
+	@$* -O2 $(WARN) -isystem $(BINC) -Wa,-Ibuild/warn -c $< \
+	    -o build/warn/$*.o
+
+# ---- tests: `test` counts all of its suites, failed or not -----------------
+
+PYTHON = .deps/venv/bin/python
+PYTEST = test/netns $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=300
+SUITES = audit unit blackbox realworld
+
+.PHONY: test test-all audit unit blackbox realworld fresh image demo clean help
+test test-all:
+	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
+	    { echo "0 passed, 1 failed"; exit 1; }
+	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),image fresh)
+
+audit: lkjwt
+	@python3 test/audit.py
+
+# The same tests four times: what one compiler forgives, another shows.
+SANITIZE   = -fsanitize=address,undefined -fno-sanitize-recover=all
+UNIT_CC    = -std=gnu11 -g -Wall -Wextra -Werror -Wno-unused-function \
+	-fno-omit-frame-pointer -isystem $(BINC) -Wa,-Ibuild
+UNIT_RUNS  = gcc gcc-sanitized clang clang-sanitized
+unit: $(UNIT_RUNS:%=build/unit-%)
+	@fail=0; for v in $(UNIT_RUNS); do echo "-- unit, $$v"; \
+	    test/netns build/unit-$$v || fail=1; done; exit $$fail
+build/unit-%: test/unit.c $(SRC) build/ca.bin build/host/libbearssl.a
+	@echo "  CC      $@"
+	@$(firstword $(subst -, ,$*)) -O1 $(if $(findstring -sanitized,$*),$(SANITIZE)) \
+	    $(UNIT_CC) $< build/host/libbearssl.a -o $@
+
+blackbox realworld: lkjwt
+	@$(PYTEST) test/$@
+
+image:
+	@test/setup.sh image
+	@$(MAKE) --no-print-directory all
+	@python3 test/image.py
+
+fresh:
+	@test/fresh.sh
+
+demo:
+	@test/setup.sh demo
+	@$(MAKE) --no-print-directory all
+	@python3 test/demo/demo.py
+
+clean:
+	rm -rf build lkjwt
+
+help:
+	@echo "make            the static binary, ./lkjwt"
+	@echo "make demo       what that misses, the binary, one exchange shown"
+	@echo "make test       every suite: $(SUITES)"
+	@echo "make test-all   these, the image, and all of it on a fresh Debian"
+	@echo "make audit      the invariants a reader may rely on"
+	@echo "make unit, blackbox, realworld, image, fresh   one of them"
+	@echo "make warn       lkjwt.c by gcc and clang, warnings as errors"
+	@echo "make clean      removes build/ and ./lkjwt; .deps/ stays"

@@ -1,0 +1,9203 @@
+/* ==== 01 BUILD ======================================================== */
+
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#include <bearssl.h>
+
+#define LKJWT_VERSION "0.1.0"
+#define MUST_USE __attribute__((warn_unused_result))
+#define COUNT_OF(a) (sizeof(a) / sizeof(a)[0])
+
+_Static_assert(sizeof(size_t) >= 4, "32-bit sizes at least");
+_Static_assert(sizeof(time_t) == 8, "64-bit time, also on 32-bit targets");
+
+/* ==== 02 LIMITS =======================================================
+ * Every number: what it bounds, and why. SECURITY.md section 4 is the
+ * source. Pools are fixed here; an environment value can only lower them.
+ */
+enum {
+    /* client side */
+    LIM_CONN_CNT     = 1024,   /* client connections; LKJWT_MAX_CONNS */
+    LIM_LANE_CNT     = 16,     /* above them, for /healthz when all are taken */
+    LIM_METRICS_CNT  = 4,      /* connections of the metrics listener */
+    LIM_SLOT_CNT     = LIM_CONN_CNT + LIM_LANE_CNT + LIM_METRICS_CNT,
+    LIM_LISTEN_CNT   = 4,      /* public and metrics, two families each */
+    LIM_LINE_LEN     = 4096,   /* request line; real ones < 300 */
+    LIM_HEAD_LEN     = 8192,   /* request head; real ones < 1 KB */
+    LIM_FIELD_CNT    = 64,     /* header fields of a request */
+    LIM_IN_LEN       = 10240,  /* a head, and a small body beside it */
+    LIM_OUT_LEN      = 4096,   /* reply bytes the socket did not take */
+    LIM_SCRATCH_LEN  = 65536,  /* one reply or request under construction */
+    LIM_BIG_CNT      = 64,     /* buffers for what outgrows the small ones */
+    LIM_BIG_LEN      = 65536,
+    LIM_BODY_LEN     = 65536,  /* request body; LKJWT_MAX_BODY */
+    LIM_EXT_LEN      = 256,    /* chunk extension */
+    LIM_OVERHEAD_LEN = 16384,  /* chunk framing of one body */
+    LIM_TRAILER_LEN  = 2048,   /* trailer section */
+    LIM_TRAILER_CNT  = 16,
+    LIM_LINGER_LEN   = 65536,  /* bytes discarded after a refusal */
+    LIM_REQUEST_ID_LEN = 64,
+
+    LIM_HEAD_MS   = 10000,     /* absolute, from the first byte or accept */
+    LIM_BODY_MS   = 15000,
+    LIM_WRITE_MS  = 10000,
+    LIM_LINGER_MS = 2000,
+    LIM_KEEP_MS   = 650000,    /* LKJWT_KEEPALIVE_S: longer than any proxy */
+    LIM_DRAIN_MS  = 7000,      /* LKJWT_DRAIN_S: after SIGTERM */
+
+    /* JSON */
+    LIM_JS_DEPTH   = 16,
+    LIM_JS_CNT     = 2048,     /* values in one text */
+    LIM_DIGIT_CNT  = 20,       /* digits of a number */
+
+    /* fields of a token request, bytes */
+    LIM_ID_LEN     = 255,      /* room and user ids, delay ids */
+    LIM_OTHER_LEN  = 512,      /* slot, device, member ids, server names */
+    LIM_TOKEN_LEN  = 4096,     /* OpenID tokens are opaque and < 100 */
+    LIM_DELAY_MAX_MS = 86400000,
+
+    /* outbound */
+    LIM_UP_CNT       = 192,    /* homeserver lookups; LKJWT_LOOKUPS_MAX */
+    LIM_SFU_CNT      = 64,     /* calls at the SFU, never shared with them */
+    LIM_STRANGER_CNT = 96,     /* of them at most for strangers */
+    LIM_DEST_CNT     = 16,     /* per server; LKJWT_LOOKUPS_PER_SERVER */
+    LIM_DEST_LISTED  = 64,     /* per server the operator named */
+    LIM_DEST_OPEN    = 32,     /* per server under the lone `*` */
+    LIM_WAIT_STRANGER = 1024,  /* waiting for a slot, all strangers */
+    LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
+    LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
+    LIM_CHAN_CNT     = 320,    /* connections: calls and kept idle ones */
+    LIM_IDLE_CNT     = 128,    /* kept idle connections */
+    LIM_HS_CNT       = 8,      /* TLS handshakes at once */
+    LIM_TRY_CNT      = 4,      /* addresses tried for one call */
+    LIM_REPLY_HEAD   = 16384,  /* head of a peer's reply */
+    LIM_REPLY_FIELDS = 100,
+    LIM_REPLY_1XX    = 4,      /* interim replies */
+    LIM_REPLY_IN     = 18432,  /* head, or body that needs no big buffer */
+    LIM_WELL_KNOWN_LEN = 51200,
+    LIM_USERINFO_LEN = 8192,
+    LIM_RPC_LEN      = 65536,
+    LIM_REDIRECT_CNT = 3,
+    LIM_URL_LEN      = 1024,   /* URL taken from a peer or the environment */
+    LIM_HOST_LEN     = 255,
+    LIM_NAME_LEN     = 263,    /* host:port */
+
+    LIM_LOOKUP_MS  = 20000,    /* userinfo in all; LKJWT_LOOKUP_TIMEOUT_S */
+    LIM_DNS_MS     = 5000,
+    LIM_CONNECT_MS = 5000,
+    LIM_TLS_MS     = 5000,
+    LIM_REPLY_MS   = 10000,
+    LIM_RPC_MS     = 10000,    /* one call at the SFU, repeat included */
+    LIM_STAGGER_MS = 250,      /* RFC 8305 section 5 */
+    LIM_RESOLUTION_MS = 50,    /* RFC 8305 section 3 */
+    LIM_RETRY_MS   = 200,      /* before CreateRoom is repeated */
+    LIM_KEPT_MS    = 60000,    /* idle connection to a peer */
+
+    /* certificates */
+    LIM_CHAIN_CNT  = 8,        /* certificates taken from a peer */
+    LIM_CHAIN_LEN  = 32768,    /* their bytes */
+    LIM_PATH_CNT   = 5,        /* leaf to the last issuer below the anchor */
+    LIM_SIG_CNT    = 5,        /* signatures checked in one handshake */
+    LIM_CERT_EXT   = 32,       /* extensions of one certificate */
+    LIM_ANCHOR_CNT = 1024,
+    LIM_ANCHOR_LEN = 262144,   /* names and keys of one set */
+    LIM_SIGCACHE_CNT = 512,    /* 4-way */
+    LIM_SESSION_CNT = 1024,    /* 4-way */
+    LIM_SESSION_S  = 3600,
+
+    /* DNS and discovery */
+    LIM_QUERY_CNT    = 128,    /* questions in flight */
+    LIM_DNS_LEN      = 4096,   /* packet we take; EDNS is not asked for */
+    LIM_DNSCACHE_CNT = 2048,   /* 4-way */
+    LIM_DNSDATA_LEN  = 512,    /* addresses or targets of one entry */
+    LIM_DNS_REC_CNT  = 16,
+    LIM_CNAME_CNT    = 8,
+    LIM_POINTER_CNT  = 64,     /* compression jumps in one name */
+    LIM_SERVER_CNT   = 3,      /* nameservers */
+    LIM_SEARCH_CNT   = 6,
+    LIM_WK_CNT       = 1024,   /* well-known results, 4-way */
+    LIM_HOSTS_LEN    = 65536,  /* hosts file; the rest is ignored, logged */
+
+    /* configuration */
+    LIM_KEY_CNT      = 16,     /* API keys */
+    LIM_LIST_CNT     = 256,    /* entries of one list variable */
+    LIM_CONFIG_LEN   = 65536,  /* all copied values together */
+    LIM_FILE_LEN     = 1048576 /* CA bundle; Debian's has 220 KB */
+};
+
+/* ==== 03 EVENTS =======================================================
+ * One row per thing that is refused, fails, or is told to the operator.
+ * The row gives the log line's level, event, num and msg, and the label of
+ * lkjwt_events_total. Numbers are never used twice.
+ * Level: e error, w warning, i info, d debug.
+ */
+#define EVENT_TAB(X) \
+    X(START,          1001, 'i', "serving") \
+    X(ANCHORS,        1002, 'i', "trust anchors loaded") \
+    X(ANCHORS_BAD,    1003, 'e', "trust anchors not reloaded, the old set stays") \
+    X(CONFIG_WARN,    1004, 'w', "configuration") \
+    X(CONFIG_BAD,     1005, 'e', "configuration") \
+    X(STOPPING,       1006, 'i', "stopping") \
+    X(STOPPED,        1007, 'i', "stopped") \
+    X(INSECURE,       1008, 'w', "TLS CERTIFICATES ARE NOT CHECKED: anyone on the network path can impersonate every homeserver. For labs only.") \
+    X(PRIVATE_OPEN,   1009, 'w', "full access for everyone: private addresses are allowed for DNS names") \
+    X(LIMITS,         1010, 'i', "limits in force") \
+    X(BIND_FAILED,    1011, 'e', "cannot listen") \
+    X(FILES_READ,     1012, 'i', "resolver files read") \
+    X(REQUEST,        1101, 'd', "request answered") \
+    X(NOT_FOUND,      1103, 'd', "no such path") \
+    X(PREFIX_HINT,    1104, 'w', "no such path; it ends in a known one: the proxy does not strip its prefix, or LKJWT_PATH_PREFIX is missing") \
+    X(H1_BARE_CR,     1201, 'i', "CR without LF") \
+    X(H1_BARE_LF,     1202, 'i', "LF without CR") \
+    X(H1_LINE,        1203, 'i', "malformed start line") \
+    X(H1_VERSION,     1204, 'i', "HTTP major version other than 1") \
+    X(H1_TARGET,      1205, 'i', "malformed request target") \
+    X(H1_FIELD,       1206, 'i', "malformed header field") \
+    X(H1_HOST,        1207, 'i', "Host missing, repeated or malformed") \
+    X(H1_LENGTH,      1208, 'i', "Content-Length malformed, repeated or together with Transfer-Encoding") \
+    X(H1_CODING,      1209, 'i', "Transfer-Encoding malformed, repeated or not ending in chunked") \
+    X(H1_CODING_UNKNOWN, 1210, 'i', "unknown transfer coding") \
+    X(H1_CHUNK,       1211, 'i', "malformed chunk") \
+    X(H1_TRAILER,     1212, 'i', "trailer section too large") \
+    X(H1_EXPECT,      1213, 'i', "unknown Expect") \
+    X(H1_LINE_LONG,   1214, 'i', "start line too long") \
+    X(HEAD_LIMIT,     1215, 'i', "head too large or too many fields") \
+    X(SLOW_HEAD,      1301, 'i', "request head not complete in time") \
+    X(SLOW_BODY,      1302, 'i', "request body not complete in time") \
+    X(SLOW_READ,      1303, 'i', "client does not read its reply") \
+    X(BODY_LIMIT,     1304, 'i', "request body too large") \
+    X(BODY_POOL,      1305, 'w', "no buffer for a large body") \
+    X(CONN_FULL,      1306, 'w', "all connections in use") \
+    X(FD_FULL,        1307, 'e', "no file descriptor left") \
+    X(CLIENT_GONE,    1308, 'd', "client closed before its reply") \
+    X(JSON_SYNTAX,    1401, 'i', "body is not one JSON object") \
+    X(JSON_LIMIT,     1402, 'i', "JSON too deep, too many values or too long a number") \
+    X(JSON_DUPLICATE, 1403, 'i', "duplicate JSON member") \
+    X(JSON_UTF8,      1404, 'i', "JSON text is not UTF-8") \
+    X(JSON_UNKNOWN,   1405, 'i', "unknown JSON member") \
+    X(JSON_TYPE,      1406, 'i', "JSON member of a wrong type") \
+    X(FIELD_MISSING,  1407, 'i', "required member missing") \
+    X(FIELD_LIMIT,    1408, 'i', "member too long") \
+    X(FIELD_BAD,      1409, 'i', "malformed member") \
+    X(DELEGATION_RESTRICTED, 1410, 'i', "delegation asked by a restricted user") \
+    X(DELEGATION_OFF, 1411, 'i', "delegated leave is not served; the client repeats without it") \
+    X(QUEUE_FULL,     1501, 'w', "too many requests wait for this homeserver") \
+    X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
+    X(GRANTED,        1601, 'i', "token granted") \
+    X(NAME_BAD,       2001, 'i', "malformed server name") \
+    X(SERVER_DENIED,  2002, 'i', "server name is blocked or not allowed") \
+    X(TOKEN_BAD,      2003, 'i', "OpenID token holds a control byte or blank") \
+    X(DNS_NONE,       2101, 'i', "name has no address") \
+    X(DNS_FAILED,     2102, 'w', "DNS server fails or does not answer") \
+    X(DNS_BAD,        2103, 'i', "malformed DNS answer") \
+    X(DNS_FULL,       2104, 'w', "too many DNS questions in flight") \
+    X(SSRF_DENIED,    2201, 'w', "address not allowed for this server") \
+    X(CONNECT_FAILED, 2202, 'w', "cannot connect") \
+    X(CONNECT_TIMEOUT, 2203, 'w', "no connection in time") \
+    X(CHAN_FULL,      2204, 'e', "no connection slot free") \
+    X(HS_TIMEOUT,     2205, 'w', "no complete answer in time") \
+    X(TLS_FAILED,     2301, 'w', "TLS handshake failed") \
+    X(TLS_TIMEOUT,    2302, 'w', "no TLS handshake in time") \
+    X(TLS_VERSION,    2303, 'w', "peer refuses TLS 1.2: enable TLS 1.2 there, or set an http:// override in LKJWT_FEDERATION_API_URL_OVERRIDES") \
+    X(TLS_REFUSED,    2304, 'w', "peer refuses the handshake: it may speak TLS 1.3 only, share no cipher suite, have an Ed25519 key, or demand extended master secret; enable TLS 1.2 with ECDHE and AES-GCM or ChaCha20 there, or set an http:// override") \
+    X(TLS_CHAIN,      2305, 'w', "certificate chain refused: malformed, too long, too large or a disallowed key") \
+    X(TLS_NAME,       2306, 'w', "certificate is not for this name") \
+    X(TLS_USAGE,      2307, 'w', "certificate is not for servers") \
+    X(TLS_EXPIRED,    2308, 'w', "certificate not valid at this time") \
+    X(TLS_UNTRUSTED,  2309, 'w', "certificate chain leads to no trust anchor") \
+    X(TLS_CONSTRAINT, 2310, 'w', "certificate breaks an issuer's name constraints") \
+    X(TLS_SIGNATURE,  2311, 'w', "certificate signature wrong, weak or unsupported") \
+    X(TLS_CLOSED,     2312, 'w', "peer closed during the TLS handshake") \
+    X(REPLY_CLOSED,   2401, 'w', "peer closed before its reply was complete") \
+    X(REPLY_BAD,      2402, 'w', "malformed HTTP reply") \
+    X(REPLY_LIMIT,    2403, 'w', "HTTP reply too large") \
+    X(REPLY_STATUS,   2404, 'w', "unexpected HTTP status") \
+    X(REPLY_JSON,     2405, 'w', "reply is not the JSON object expected") \
+    X(REDIRECT_BAD,   2406, 'w', "redirect refused") \
+    X(WELL_KNOWN_NONE, 2501, 'd', "no usable well-known delegation") \
+    X(TOKEN_UNKNOWN,  2502, 'i', "homeserver does not know the OpenID token") \
+    X(SUB_BAD,        2503, 'w', "homeserver named no valid user of its own") \
+    X(CLAIM_MISMATCH, 2504, 'i', "claimed_user_id is not the token's user") \
+    X(LOOKUP_STEP,    2505, 'd', "lookup step") \
+    X(ROOM_CREATED,   2601, 'd', "room ready on the SFU") \
+    X(SFU_REFUSED,    2602, 'e', "SFU refused the call") \
+    X(SFU_AUTH,       2603, 'e', "SFU rejects our API key or secret") \
+    X(BUG_OVERFLOW,   9001, 'e', "reply did not fit its buffer") \
+    X(BUG_MUST,       9002, 'e', "internal invariant broken")
+
+enum event {
+    EV_NONE,
+#define X(name, num, level, text) EV_##name,
+    EVENT_TAB(X)
+#undef X
+    EV_CNT
+};
+static const struct event_row {
+    uint16_t num;
+    char level;
+    const char *label, *text;
+} event_tab[EV_CNT] = {
+#define X(name, num, level, text) [EV_##name] = { num, level, #name, text },
+    EVENT_TAB(X)
+#undef X
+};
+
+/* What a client is told. Several events share one reply: a 401 never says
+ * which check failed (PROTOCOL section 4). A NULL text is filled in by the
+ * site (names the field). */
+#define REPLY_TAB(X) \
+    X(TOO_LARGE,    413, "M_TOO_LARGE",      "Request body too large") \
+    X(NOT_JSON,     400, "M_NOT_JSON",       "Error reading request") \
+    X(BAD_JSON,     400, "M_BAD_JSON",       NULL) \
+    X(LIMITED,      429, "M_LIMIT_EXCEEDED", "Too many requests") \
+    X(UNAUTHORIZED, 401, "M_UNAUTHORIZED",   "The request could not be authorised.") \
+    X(RESTRICTED,   400, "M_BAD_JSON",       "Delegation of delayed events is only supported for full access users") \
+    X(NO_DELEGATION, 400, "M_BAD_JSON",      "Delegation of delayed events is not available") \
+    X(SFU,          500, "M_UNKNOWN",        "Unable to create room on SFU") \
+    X(INTERNAL,     500, "M_UNKNOWN",        "Internal Server Error")
+
+enum reply {
+#define X(name, http, errcode, text) RE_##name,
+    REPLY_TAB(X)
+#undef X
+    RE_CNT
+};
+static const struct reply_row {
+    uint16_t http;
+    const char *errcode, *text;
+} reply_tab[RE_CNT] = {
+#define X(name, http, errcode, text) [RE_##name] = { http, errcode, text },
+    REPLY_TAB(X)
+#undef X
+};
+
+/* ==== 04 TYPES ========================================================
+ * The value types, and the only prototypes: the world as PART II sees it.
+ */
+
+typedef struct { const uint8_t *p; size_t len; } sl;   /* borrowed */
+typedef struct { uint16_t idx; uint32_t gen; } ref;    /* pool object */
+struct bb { uint8_t *p; size_t len, cap; bool over; }; /* over latches */
+
+struct ip { uint8_t b[16]; bool v6; };       /* IPv4 in the first 4 bytes */
+struct addr { struct ip ip; uint16_t port; };
+struct cidr { struct ip ip; uint8_t bits; };
+enum range { RANGE_PUBLIC, RANGE_N, RANGE_L, RANGE_P };
+
+/* A server name, checked: host[:port]. */
+struct name {
+    sl whole, host;          /* host keeps the brackets of IPv6 */
+    uint16_t port;           /* 0: none given */
+    bool is_ip;
+    struct ip ip;
+};
+
+struct url {
+    sl scheme;               /* empty: none given */
+    struct name name;
+    sl path;                 /* no trailing slash, may be empty */
+    sl rest;                 /* path with query as given */
+    bool has_query;          /* a query or fragment was there */
+};
+
+/* JSON members: what they must be and where they go. */
+enum js_type { JS_ANY, JS_STRING, JS_INT, JS_OBJECT };
+struct js_int { int64_t v; bool is_set, over; };
+struct js_table;
+struct js_field {
+    const char *name;
+    enum js_type type;
+    size_t offset;           /* of an sl or js_int in the target struct */
+    const struct js_table *sub;
+};
+struct js_table {
+    const struct js_field *field;
+    size_t cnt;
+    bool strict;             /* an unknown member is an error */
+    bool null_ok;            /* a top-level null counts as {} */
+};
+
+/* A join token's content. */
+struct grant {
+    sl key, identity, room;
+    int64_t now_wall, ttl_s;
+    bool can_publish, can_update;
+};
+
+/* What a step of a machine tells its caller. */
+enum step { STEP_WAIT, STEP_AGAIN, STEP_DONE, STEP_FAIL };
+
+/* Trust class of a destination (SECURITY, first page). */
+enum class { CLASS_STRANGER, CLASS_LISTED, CLASS_OPERATOR };
+
+/* Kinds of objects that the loop drives; rows of dispatch_tab. */
+enum kind { KIND_LISTEN, KIND_CONN, KIND_EXCHANGE, KIND_LOOKUP, KIND_UP,
+    KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_SIGNAL, KIND_CNT };
+
+struct trust {
+    enum class class;
+    bool private_ok;         /* private ranges allowed (SECURITY 3, P) */
+};
+
+/* Where to listen, or what the health check asks. */
+struct bind {
+    bool is_unix, is_any, is_dual;   /* is_any: address 0.0.0.0 or [::] */
+    struct addr addr;
+    sl host, path;           /* a name to resolve; socket path */
+};
+
+/* A base URL of the operator's. */
+struct base {
+    sl text;                 /* as configured */
+    struct url url;
+    bool is_tls;
+    uint16_t port;
+};
+
+struct override { sl name; struct base base; };
+
+/* What resolv.conf(5) says; also filled from LKJWT_RESOLVER. */
+struct resolv {
+    struct addr server[LIM_SERVER_CNT];
+    uint8_t server_cnt, search_cnt, ndots, attempts;
+    int32_t timeout_ms;
+    struct { uint8_t len, text[LIM_HOST_LEN]; } search[LIM_SEARCH_CNT];
+};
+
+/* The configuration: written before the loop starts, then only read.
+ * Slices point into its own text store. */
+struct cfg {
+    sl livekit_url;
+    struct base api;                 /* Twirp */
+    struct { sl name; br_hmac_key_context sec_key; } key[LIM_KEY_CNT];
+    size_t key_cnt;
+    sl full_access[LIM_LIST_CNT];
+    size_t full_access_cnt;
+    bool is_open;                    /* the lone `*` */
+    sl allowed[LIM_LIST_CNT], blocked[LIM_LIST_CNT];
+    size_t allowed_cnt, blocked_cnt;
+    struct override fed[LIM_LIST_CNT], cs[LIM_LIST_CNT];
+    size_t fed_cnt, cs_cnt;
+    struct cidr network[LIM_LIST_CNT];
+    size_t network_cnt;
+    bool private_deny, insecure, restricted_publish, can_update, strict;
+    bool log_json;
+    char log_level;                  /* e w i d */
+    struct bind bind, metrics;
+    bool has_metrics;
+    sl prefix, hosts_file, ca_file, cert_file, cert_dir;
+    bool ca_only;
+    struct resolv resolver;          /* LKJWT_RESOLVER */
+    bool has_resolver;
+    int64_t token_ttl_s, max_body, max_conns, keepalive_ms, lookup_ms;
+    int64_t lookups_max, lookups_per_server, lame_duck_ms, drain_ms;
+    int64_t sanity_s;
+};
+
+/* ==== 05 BYTES ===================== PART I: PURE =====================
+ * Purpose  Slices, the builder, big-endian reads, constant-time compare.
+ * Trust    None needed: lengths travel with pointers.
+ * INV-B1   A builder that overflowed yields nothing at all.
+ */
+
+#define SL(s) ((sl){ (const uint8_t *)(s), sizeof(s) - 1 })
+
+static sl sl_str(const char *s)
+{
+    return (sl){ (const uint8_t *)s, s ? strlen(s) : 0 };
+}
+
+static bool sl_eq(sl a, sl b)
+{
+    return a.len == b.len && (a.len == 0 || memcmp(a.p, b.p, a.len) == 0);
+}
+
+static uint8_t ascii_lower(uint8_t c)
+{
+    return c >= 'A' && c <= 'Z' ? (uint8_t)(c + 32) : c;
+}
+
+/* Equal but for the case of A-Z; other bytes must match exactly. */
+static bool sl_ieq(sl a, sl b)
+{
+    if (a.len != b.len)
+        return false;
+    for (size_t i = 0; i < a.len; i++)
+        if (ascii_lower(a.p[i]) != ascii_lower(b.p[i]))
+            return false;
+    return true;
+}
+
+static bool sl_starts(sl s, sl head)
+{
+    return s.len >= head.len && sl_eq((sl){ s.p, head.len }, head);
+}
+
+static bool sl_ends(sl s, sl tail)
+{
+    return s.len >= tail.len
+        && sl_eq((sl){ s.p + s.len - tail.len, tail.len }, tail);
+}
+
+/* s without its first n bytes; empty when it has fewer. */
+static sl sl_skip(sl s, size_t n)
+{
+    return n >= s.len ? (sl){ s.p + s.len, 0 }
+                      : (sl){ s.p + n, s.len - n };
+}
+
+/* Index of the first c, or s.len. */
+static size_t sl_find(sl s, uint8_t c)
+{
+    const uint8_t *at = s.len ? memchr(s.p, c, s.len) : NULL;
+    return at ? (size_t)(at - s.p) : s.len;
+}
+
+/* s without blanks, tabs, CR and LF at both ends. */
+static sl sl_trim(sl s)
+{
+    while (s.len && strchr(" \t\r\n", s.p[0]) && s.p[0])
+        s = sl_skip(s, 1);
+    while (s.len && s.p[s.len - 1] && strchr(" \t\r\n", s.p[s.len - 1]))
+        s.len--;
+    return s;
+}
+
+/* Take the next run of bytes outside `seps` off *rest. False at the end. */
+static bool sl_word(sl *rest, const char *seps, sl *word)
+{
+    while (rest->len && rest->p[0] && strchr(seps, rest->p[0]))
+        *rest = sl_skip(*rest, 1);
+    size_t n = 0;
+    while (n < rest->len && !(rest->p[n] && strchr(seps, rest->p[n])))
+        n++;
+    *word = (sl){ rest->p, n };
+    *rest = sl_skip(*rest, n);
+    return n > 0;
+}
+
+/* Decimal digits only, no sign, at most max. False otherwise. */
+MUST_USE static bool sl_u64(sl s, uint64_t max, uint64_t *out)
+{
+    uint64_t v = 0;
+    if (s.len == 0 || s.len > 19)
+        return false;
+    for (size_t i = 0; i < s.len; i++) {
+        if (s.p[i] < '0' || s.p[i] > '9')
+            return false;
+        v = v * 10 + (uint64_t)(s.p[i] - '0');
+    }
+    *out = v;
+    return v <= max;
+}
+
+static void bb_put(struct bb *b, sl s)
+{
+    if (b->over || s.len > b->cap - b->len) {
+        b->over = true;
+        return;
+    }
+    if (s.len)
+        memcpy(b->p + b->len, s.p, s.len);
+    b->len += s.len;
+}
+
+static void bb_byte(struct bb *b, uint8_t c)
+{
+    bb_put(b, (sl){ &c, 1 });
+}
+
+static void bb_str(struct bb *b, const char *s)
+{
+    bb_put(b, sl_str(s));
+}
+
+static void bb_u64(struct bb *b, uint64_t v)
+{
+    uint8_t t[20];
+    size_t n = sizeof t;
+    do
+        t[--n] = (uint8_t)('0' + v % 10);
+    while (v /= 10);
+    bb_put(b, (sl){ t + n, sizeof t - n });
+}
+
+static void bb_i64(struct bb *b, int64_t v)
+{
+    if (v < 0)
+        bb_byte(b, '-');
+    bb_u64(b, v < 0 ? 0 - (uint64_t)v : (uint64_t)v);
+}
+
+/* True if every put fitted. *out borrows from b, empty on overflow. */
+MUST_USE static bool bb_finish(const struct bb *b, sl *out)
+{
+    *out = (sl){ b->p, b->over ? 0 : b->len };
+    return !b->over;
+}
+
+#define BB(buf) ((struct bb){ (buf), 0, sizeof(buf), false })
+
+static uint16_t be16(const uint8_t *p)
+{
+    return (uint16_t)(p[0] << 8 | p[1]);
+}
+
+static uint32_t be32(const uint8_t *p)
+{
+    return (uint32_t)be16(p) << 16 | be16(p + 2);
+}
+
+/* SHA-256 over parts, each preceded by its 4-byte length, so that no two
+ * different lists give the same bytes. */
+static void hash_parts(const sl *parts, size_t cnt, uint8_t out[32])
+{
+    br_sha256_context c;
+    br_sha256_init(&c);
+    for (size_t i = 0; i < cnt; i++) {
+        uint32_t n = (uint32_t)parts[i].len;
+        uint8_t len[4] = { (uint8_t)(n >> 24), (uint8_t)(n >> 16),
+                           (uint8_t)(n >> 8), (uint8_t)n };
+        br_sha256_update(&c, len, 4);
+        br_sha256_update(&c, parts[i].p, parts[i].len);
+    }
+    br_sha256_out(&c, out);
+}
+
+/* Overwrite a secret; the barrier keeps the compiler from dropping it. */
+static void wipe(void *p, size_t len)
+{
+    memset(p, 0, len);
+    __asm__ volatile("" : : "r"(p) : "memory");
+}
+
+/* ==== 06 TEXT ====================== PART I: PURE =====================
+ * Purpose  base64, UTF-8, percent-encoding, addresses, the grammars of
+ *          server names, user ids, delay ids and URLs.
+ * Trust    All input is unchecked peer or operator text.
+ * INV-T1   A name that passes holds only bytes of its grammar, so it can
+ *          stand in a Host header or a log line as it is.
+ */
+
+static const char b64_std[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+static const char b64_url[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/* Append unpadded base64 of s (RFC 4648) in the given alphabet. */
+static void b64_put(struct bb *b, const char *alphabet, sl s)
+{
+    for (size_t i = 0; i < s.len; i += 3) {
+        size_t n = s.len - i < 3 ? s.len - i : 3;
+        uint32_t v = (uint32_t)s.p[i] << 16
+            | (n > 1 ? (uint32_t)s.p[i + 1] << 8 : 0)
+            | (n > 2 ? (uint32_t)s.p[i + 2] : 0);
+        uint8_t q[4];
+        for (int k = 0; k < 4; k++)
+            q[k] = (uint8_t)alphabet[v >> (18 - 6 * k) & 63];
+        bb_put(b, (sl){ q, n + 1 });
+    }
+}
+
+/* Value of one standard base64 character, 64 if it is none. */
+static uint32_t b64_value(uint8_t c)
+{
+    return c >= 'A' && c <= 'Z' ? c - 'A' + 0U
+        : c >= 'a' && c <= 'z' ? c - 'a' + 26U
+        : c >= '0' && c <= '9' ? c - '0' + 52U
+        : c == '+' ? 62U : c == '/' ? 63U : 64U;
+}
+
+/* Decode standard base64 without blanks. Padding is required when `padded`
+ * and refused otherwise; unused bits must be zero, so each value has one
+ * spelling. Returns the byte count or -1; needs text_raw.len/4*3 room. */
+MUST_USE static int b64_parse(sl text_raw, bool padded, uint8_t *out)
+{
+    size_t n = text_raw.len, got = 0;
+    if (padded) {
+        if (n % 4)
+            return -1;
+        for (int k = 0; k < 2 && n && text_raw.p[n - 1] == '='; k++)
+            n--;
+    }
+    if (n % 4 == 1)
+        return -1;
+    uint32_t acc = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t v = b64_value(text_raw.p[i]);
+        if (v > 63)
+            return -1;
+        acc = acc << 6 | v;
+        if (i % 4 == 1 || i % 4 == 2 || i % 4 == 3)
+            out[got++] = (uint8_t)(acc >> (6 - i % 4 * 2));
+    }
+    uint32_t unused = n % 4 == 2 ? 15 : n % 4 == 3 ? 3 : 0;
+    return acc & unused ? -1 : (int)got;
+}
+
+/* Decode one UTF-8 character (RFC 3629) from the front of s_raw.
+ * Returns its length, 0 if malformed, overlong, a surrogate or above
+ * U+10FFFF, or cut off. */
+static size_t utf8_next(sl s_raw, uint32_t *cp)
+{
+    if (s_raw.len == 0)
+        return 0;
+    uint8_t c = s_raw.p[0];
+    size_t n = c < 0x80 ? 1 : c >= 0xc2 && c < 0xe0 ? 2
+        : c >= 0xe0 && c < 0xf0 ? 3 : c >= 0xf0 && c < 0xf5 ? 4 : 0;
+    if (n == 0 || n > s_raw.len)
+        return 0;
+    uint32_t v = n == 1 ? c : c & (0x7fU >> n);
+    for (size_t i = 1; i < n; i++) {
+        if ((s_raw.p[i] & 0xc0) != 0x80)
+            return 0;
+        v = v << 6 | (s_raw.p[i] & 0x3f);
+    }
+    if ((n == 3 && v < 0x800) || (n == 4 && (v < 0x10000 || v > 0x10ffff))
+        || (v >= 0xd800 && v < 0xe000))
+        return 0;
+    *cp = v;
+    return n;
+}
+
+static bool utf8_check(sl s_raw)
+{
+    uint32_t cp;
+    while (s_raw.len) {
+        size_t n = utf8_next(s_raw, &cp);
+        if (n == 0)
+            return false;
+        s_raw = sl_skip(s_raw, n);
+    }
+    return true;
+}
+
+static bool is_alnum(uint8_t c)
+{
+    return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z')
+        || (c >= 'a' && c <= 'z');
+}
+
+/* RFC 3986 section 2.3: the bytes that need no percent-encoding. */
+static bool is_unreserved(uint8_t c)
+{
+    return is_alnum(c) || c == '-' || c == '.' || c == '_' || c == '~';
+}
+
+/* Append s percent-encoded as one path segment or query value. */
+static void bb_percent(struct bb *b, sl s)
+{
+    static const char hex[] = "0123456789ABCDEF";
+    for (size_t i = 0; i < s.len; i++) {
+        uint8_t c = s.p[i];
+        if (is_unreserved(c))
+            bb_byte(b, c);
+        else
+            bb_put(b, (sl){ (uint8_t[3]){ '%', (uint8_t)hex[c >> 4],
+                (uint8_t)hex[c & 15] }, 3 });
+    }
+}
+
+static bool ip4_parse(sl s_raw, uint8_t out[4])
+{
+    for (int k = 0; k < 4; k++) {
+        size_t n = 0;
+        unsigned v = 0;
+        while (n < s_raw.len && n < 3
+               && s_raw.p[n] >= '0' && s_raw.p[n] <= '9')
+            v = v * 10 + (unsigned)(s_raw.p[n++] - '0');
+        if (n == 0 || v > 255 || (n > 1 && s_raw.p[0] == '0'))
+            return false;
+        out[k] = (uint8_t)v;
+        s_raw = sl_skip(s_raw, n);
+        if (k < 3) {
+            if (s_raw.len == 0 || s_raw.p[0] != '.')
+                return false;
+            s_raw = sl_skip(s_raw, 1);
+        }
+    }
+    return s_raw.len == 0;
+}
+
+/* Parse an IPv4 dotted quad (no leading zeros) or IPv6 text without
+ * brackets or zone. */
+MUST_USE static bool ip_parse(sl s_raw, struct ip *out)
+{
+    char text[INET6_ADDRSTRLEN];
+    *out = (struct ip){ .v6 = false };
+    if (ip4_parse(s_raw, out->b))
+        return true;
+    if (s_raw.len < 2 || s_raw.len >= sizeof text
+        || sl_find(s_raw, 0) < s_raw.len)
+        return false;
+    memcpy(text, s_raw.p, s_raw.len);
+    text[s_raw.len] = 0;
+    out->v6 = true;
+    return inet_pton(AF_INET6, text, out->b) == 1;
+}
+
+/* Append the address, IPv6 in brackets, then :port unless port is 0. */
+static void bb_ip(struct bb *b, const struct ip *a, uint16_t port)
+{
+    char text[INET6_ADDRSTRLEN];
+    if (!inet_ntop(a->v6 ? AF_INET6 : AF_INET, a->b, text, sizeof text))
+        return;
+    if (a->v6)
+        bb_byte(b, '[');
+    bb_str(b, text);
+    if (a->v6)
+        bb_byte(b, ']');
+    if (port) {
+        bb_byte(b, ':');
+        bb_u64(b, port);
+    }
+}
+
+static bool ip_in(const struct ip *a, const struct cidr *net)
+{
+    if (a->v6 != net->ip.v6)
+        return false;
+    unsigned bits = net->bits;
+    size_t whole = bits / 8;
+    if (memcmp(a->b, net->ip.b, whole) != 0)
+        return false;
+    uint8_t mask = (uint8_t)(0xff00U >> bits % 8);
+    return bits % 8 == 0 || ((a->b[whole] ^ net->ip.b[whole]) & mask) == 0;
+}
+
+/* Parse ADDRESS/BITS or a bare ADDRESS (all its bits). */
+MUST_USE static bool cidr_parse(sl s_raw, struct cidr *out)
+{
+    size_t cut = sl_find(s_raw, '/');
+    uint64_t bits;
+    if (!ip_parse((sl){ s_raw.p, cut }, &out->ip))
+        return false;
+    bits = out->ip.v6 ? 128 : 32;
+    if (cut < s_raw.len
+        && !sl_u64(sl_skip(s_raw, cut + 1), bits, &bits))
+        return false;
+    out->bits = (uint8_t)bits;
+    return true;
+}
+
+/* The address ranges of SECURITY section 3. N never, L link-local and
+ * special, P private. */
+static const struct range_row {
+    enum range kind;
+    bool v6;
+    uint8_t bits, b[8];
+    const char *name;
+} range_tab[] = {
+    { RANGE_N, false, 8, { 0 }, "0.0.0.0/8" },
+    { RANGE_N, false, 4, { 224 }, "224.0.0.0/4" },
+    { RANGE_N, false, 4, { 240 }, "240.0.0.0/4" },
+    { RANGE_L, false, 16, { 169, 254 }, "169.254.0.0/16" },
+    { RANGE_L, false, 24, { 192, 0, 0 }, "192.0.0.0/24" },
+    { RANGE_L, false, 24, { 192, 0, 2 }, "192.0.2.0/24" },
+    { RANGE_L, false, 24, { 192, 88, 99 }, "192.88.99.0/24" },
+    { RANGE_L, false, 15, { 198, 18 }, "198.18.0.0/15" },
+    { RANGE_L, false, 24, { 198, 51, 100 }, "198.51.100.0/24" },
+    { RANGE_L, false, 24, { 203, 0, 113 }, "203.0.113.0/24" },
+    { RANGE_P, false, 8, { 127 }, "127.0.0.0/8" },
+    { RANGE_P, false, 8, { 10 }, "10.0.0.0/8" },
+    { RANGE_P, false, 12, { 172, 16 }, "172.16.0.0/12" },
+    { RANGE_P, false, 16, { 192, 168 }, "192.168.0.0/16" },
+    { RANGE_P, false, 10, { 100, 64 }, "100.64.0.0/10" },
+    { RANGE_N, true, 8, { 0xff }, "ff00::/8" },
+    { RANGE_L, true, 48, { 0, 0x64, 0xff, 0x9b, 0, 1 }, "64:ff9b:1::/48" },
+    { RANGE_L, true, 64, { 1 }, "100::/64" },
+    { RANGE_L, true, 23, { 0x20, 1 }, "2001::/23" },
+    { RANGE_L, true, 32, { 0x20, 1, 0xd, 0xb8 }, "2001:db8::/32" },
+    { RANGE_L, true, 20, { 0x3f, 0xff }, "3fff::/20" },
+    { RANGE_L, true, 16, { 0x5f }, "5f00::/16" },
+    { RANGE_L, true, 10, { 0xfe, 0x80 }, "fe80::/10" },
+    { RANGE_L, true, 10, { 0xfe, 0xc0 }, "fec0::/10" },
+    { RANGE_P, true, 7, { 0xfc }, "fc00::/7" },
+};
+
+/* Strip the encodings that carry an IPv4 address inside an IPv6 one,
+ * repeatedly: mapped, translated, NAT64, 6to4 (SECURITY section 3). */
+static struct ip ip_unwrap(struct ip a)
+{
+    static const uint8_t mapped[12] = { [10] = 0xff, [11] = 0xff };
+    static const uint8_t xlat[12] = { [8] = 0xff, [9] = 0xff };
+    static const uint8_t nat64[12] = { 0, 0x64, 0xff, 0x9b };
+    if (!a.v6)
+        return a;
+    const uint8_t *v4 = NULL;
+    if (!memcmp(a.b, mapped, 12) || !memcmp(a.b, xlat, 12)
+        || !memcmp(a.b, nat64, 12))
+        v4 = a.b + 12;
+    else if (a.b[0] == 0x20 && a.b[1] == 0x02)
+        v4 = a.b + 2;
+    if (!v4)
+        return a;
+    struct ip out = { .v6 = false };
+    memcpy(out.b, v4, 4);
+    return out;
+}
+
+/* Class of an address after unwrapping; *name is the range, for the log. */
+static enum range ip_range(struct ip a, const char **name)
+{
+    static const uint8_t zero[16];
+    a = ip_unwrap(a);
+    if (a.v6 && !memcmp(a.b, zero, 12)) {   /* ::/96 but for ::1 */
+        bool one = !memcmp(a.b, zero, 15) && a.b[15] == 1;
+        *name = one ? "::1" : "::/96";
+        return one ? RANGE_P : RANGE_N;
+    }
+    for (size_t i = 0; i < COUNT_OF(range_tab); i++) {
+        const struct range_row *r = &range_tab[i];
+        struct cidr net = { .ip = { .v6 = r->v6 }, .bits = r->bits };
+        memcpy(net.ip.b, r->b, sizeof r->b);
+        if (ip_in(&a, &net)) {
+            *name = r->name;
+            return r->kind;
+        }
+    }
+    *name = "public";
+    return RANGE_PUBLIC;
+}
+
+/* Split host[:port]; `_` in the host only when allowed. *out borrows from
+ * s_raw. */
+MUST_USE static bool host_parse(sl s_raw, bool underscore, struct name *out)
+{
+    size_t cut;
+    *out = (struct name){ .whole = s_raw };
+    if (s_raw.len && s_raw.p[0] == '[') {
+        cut = sl_find(s_raw, ']');
+        if (cut == s_raw.len || cut < 3 || cut > 46
+            || !ip_parse((sl){ s_raw.p + 1, cut - 1 }, &out->ip)
+            || !out->ip.v6)
+            return false;
+        out->is_ip = true;
+        cut++;
+    } else {
+        cut = sl_find(s_raw, ':');
+        if (cut < 1 || cut > LIM_HOST_LEN)
+            return false;
+        for (size_t i = 0; i < cut; i++)
+            if (!is_alnum(s_raw.p[i]) && s_raw.p[i] != '.'
+                && s_raw.p[i] != '-' && !(underscore && s_raw.p[i] == '_'))
+                return false;
+        out->is_ip = ip_parse((sl){ s_raw.p, cut }, &out->ip);
+    }
+    out->host = (sl){ s_raw.p, cut };
+    if (cut < s_raw.len) {
+        uint64_t port;
+        sl digits = sl_skip(s_raw, cut + 1);
+        if (s_raw.p[cut] != ':' || digits.len > 5
+            || !sl_u64(digits, 65535, &port) || port == 0)
+            return false;
+        out->port = (uint16_t)port;
+    }
+    return true;
+}
+
+/* Check and split a Matrix server name (PROTOCOL section 7.2):
+ * host[:port], no case folding. *out borrows from s_raw. */
+MUST_USE static bool name_parse(sl s_raw, struct name *out)
+{
+    return host_parse(s_raw, false, out);
+}
+
+/* Check a user id that a homeserver vouches for: `@local:server`, server
+ * byte-equal to the name asked, UTF-8, no control bytes, <= 255 bytes
+ * (PROTOCOL section 7.1). The first `:` splits.
+ * GRANTS: whose user this is. */
+MUST_USE static bool user_check(sl user_raw, sl server)
+{
+    if (user_raw.len < 3 || user_raw.len > LIM_ID_LEN
+        || user_raw.p[0] != '@' || !utf8_check(user_raw))
+        return false;
+    for (size_t i = 0; i < user_raw.len; i++)
+        if (user_raw.p[i] < 0x20 || user_raw.p[i] == 0x7f)
+            return false;
+    size_t cut = sl_find(user_raw, ':');
+    return cut > 1 && cut < user_raw.len
+        && sl_eq(sl_skip(user_raw, cut + 1), server);
+}
+
+/* `[0-9A-Za-z._~-]{1,255}`, neither `.` nor `..`: safe as one segment. */
+MUST_USE static bool delay_id_check(sl s_raw)
+{
+    if (s_raw.len < 1 || s_raw.len > LIM_ID_LEN || sl_eq(s_raw, SL("."))
+        || sl_eq(s_raw, SL("..")))
+        return false;
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (!is_unreserved(s_raw.p[i]))
+            return false;
+    return true;
+}
+
+MUST_USE static bool request_id_check(sl s_raw)
+{
+    if (s_raw.len < 1 || s_raw.len > LIM_REQUEST_ID_LEN)
+        return false;
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (!is_unreserved(s_raw.p[i]) || s_raw.p[i] == '~')
+            return false;
+    return true;
+}
+
+/* Split an absolute URL. A missing scheme leaves `scheme` empty. The path
+ * keeps its leading `/` and loses trailing ones; query and fragment are
+ * reported, not kept. Refuses userinfo, blanks, controls and non-ASCII.
+ * Port 0 means the scheme's own. *out borrows from s_raw. */
+MUST_USE static bool url_parse(sl s_raw, struct url *out)
+{
+    *out = (struct url){ .scheme = { s_raw.p, 0 } };
+    if (s_raw.len > LIM_URL_LEN)
+        return false;
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (s_raw.p[i] <= 0x20 || s_raw.p[i] >= 0x7f)
+            return false;
+    size_t colon = sl_find(s_raw, ':');
+    if (sl_starts(sl_skip(s_raw, colon), SL("://"))) {
+        out->scheme = (sl){ s_raw.p, colon };
+        s_raw = sl_skip(s_raw, colon + 3);
+    }
+    size_t cut = 0;
+    while (cut < s_raw.len && !strchr("/?#", s_raw.p[cut]))
+        cut++;
+    if (sl_find((sl){ s_raw.p, cut }, '@') < cut)
+        return false;
+    if (!host_parse((sl){ s_raw.p, cut }, true, &out->name))
+        return false;
+    s_raw = sl_skip(s_raw, cut);
+    cut = 0;
+    while (cut < s_raw.len && s_raw.p[cut] != '?' && s_raw.p[cut] != '#')
+        cut++;
+    out->has_query = cut < s_raw.len;
+    out->rest = (sl){ s_raw.p, sl_find(s_raw, '#') };
+    out->path = (sl){ s_raw.p, cut };
+    while (out->path.len && out->path.p[out->path.len - 1] == '/')
+        out->path.len--;
+    return true;
+}
+
+/* ==== 07 JSON ====================== PART I: PURE =====================
+ * Purpose  Read one JSON object (RFC 8259) into a struct by a table of its
+ *          members; write strings.
+ * Trust    None: text from clients and peers.
+ * Limits   LIM_JS_DEPTH, LIM_JS_CNT, LIM_DIGIT_CNT; texts of 64 KB.
+ * INV-J1   A text has one reading: no duplicate member, nothing before or
+ *          behind the value, no sloppy number or string.
+ * Refuses  BOM, lone surrogates, invalid UTF-8, raw control bytes.
+ *
+ * Strings are decoded where they stand (never longer than their escapes),
+ * so slices in the result borrow from the text's buffer.
+ */
+
+struct js {
+    uint8_t *p;
+    size_t len, pos;
+    unsigned depth;
+    unsigned value_cnt;
+    size_t key_cnt;                 /* keys of all open objects */
+    struct { uint32_t hash; uint16_t off, len; } key[LIM_JS_CNT];
+};
+
+static void js_blank(struct js *j)
+{
+    while (j->pos < j->len && j->p[j->pos] && strchr(" \t\r\n", j->p[j->pos]))
+        j->pos++;
+}
+
+/* The byte at the cursor, or -1 at the end. */
+static int js_peek(const struct js *j)
+{
+    return j->pos < j->len ? j->p[j->pos] : -1;
+}
+
+static bool js_take(struct js *j, uint8_t c)
+{
+    if (js_peek(j) != c)
+        return false;
+    j->pos++;
+    return true;
+}
+
+/* Read four hex digits at the cursor. Returns the value or -1. */
+static int32_t js_hex4(struct js *j)
+{
+    int32_t v = 0;
+    for (int k = 0; k < 4; k++) {
+        int c = js_peek(j);
+        int d = c >= '0' && c <= '9' ? c - '0'
+            : c >= 'a' && c <= 'f' ? c - 'a' + 10
+            : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (d < 0)
+            return -1;
+        v = v << 4 | d;
+        j->pos++;
+    }
+    return v;
+}
+
+/* Read what follows a backslash; append it at *at. */
+MUST_USE static bool js_escape(struct js *j, size_t *at)
+{
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    int c = js_peek(j);
+    if (c < 0)
+        return false;
+    j->pos++;
+    const char *hit = c ? strchr(from, c) : NULL;
+    if (hit) {
+        j->p[(*at)++] = (uint8_t)to[hit - from];
+        return true;
+    }
+    int32_t v = c == 'u' ? js_hex4(j) : -1;
+    if (v < 0 || (v >= 0xdc00 && v < 0xe000))
+        return false;
+    if (v >= 0xd800 && v < 0xdc00) {
+        int32_t low = js_take(j, '\\') && js_take(j, 'u') ? js_hex4(j) : -1;
+        if (low < 0xdc00 || low >= 0xe000)
+            return false;
+        v = 0x10000 + ((v - 0xd800) << 10) + (low - 0xdc00);
+    }
+    uint8_t *w = j->p + *at;
+    size_t n = v < 0x80 ? 1 : v < 0x800 ? 2 : v < 0x10000 ? 3 : 4;
+    for (size_t k = n; k-- > 1; v >>= 6)
+        w[k] = (uint8_t)(0x80 | (v & 0x3f));
+    w[0] = (uint8_t)(n == 1 ? v : (0xf00 >> n & 0xff) | v);
+    *at += n;
+    return true;
+}
+
+/* Read a string, cursor on its opening quote. Returns 0 or -EV_*. */
+MUST_USE static int js_string(struct js *j, sl *out)
+{
+    if (!js_take(j, '"'))
+        return -EV_JSON_SYNTAX;
+    size_t from = j->pos, at = from;
+    for (;;) {
+        int c = js_peek(j);
+        if (c < 0x20)                      /* the end included */
+            return -EV_JSON_SYNTAX;
+        if (c == '"')
+            break;
+        if (c == '\\') {
+            j->pos++;
+            if (!js_escape(j, &at))
+                return -EV_JSON_SYNTAX;
+            continue;
+        }
+        uint32_t cp;
+        size_t n = utf8_next((sl){ j->p + j->pos, j->len - j->pos }, &cp);
+        if (n == 0)
+            return -EV_JSON_UTF8;
+        memmove(j->p + at, j->p + j->pos, n);
+        at += n;
+        j->pos += n;
+    }
+    j->pos++;
+    *out = (sl){ j->p + from, at - from };
+    return 0;
+}
+
+/* Skip digits; returns how many. */
+static size_t js_digits(struct js *j)
+{
+    size_t n = 0;
+    while (js_peek(j) >= '0' && js_peek(j) <= '9') {
+        j->pos++;
+        n++;
+    }
+    return n;
+}
+
+/* Read a number's text. *is_int: it has neither fraction nor exponent. */
+MUST_USE static int js_number(struct js *j, sl *text, bool *is_int)
+{
+    size_t from = j->pos, digits, n;
+    (void)js_take(j, '-');
+    bool zero = js_peek(j) == '0';
+    digits = js_digits(j);
+    if (digits == 0 || (zero && digits > 1))
+        return -EV_JSON_SYNTAX;
+    *is_int = true;
+    if (js_take(j, '.')) {
+        *is_int = false;
+        n = js_digits(j);
+        if (n == 0)
+            return -EV_JSON_SYNTAX;
+        digits += n;
+    }
+    if (js_peek(j) == 'e' || js_peek(j) == 'E') {
+        *is_int = false;
+        j->pos++;
+        if (!js_take(j, '+'))
+            (void)js_take(j, '-');
+        n = js_digits(j);
+        if (n == 0)
+            return -EV_JSON_SYNTAX;
+        digits += n;
+    }
+    if (digits > LIM_DIGIT_CNT)
+        return -EV_JSON_LIMIT;
+    *text = (sl){ j->p + from, j->pos - from };
+    return 0;
+}
+
+/* Text of js_number to a struct js_int; `over` when beyond int64. */
+static struct js_int js_int_from(sl text)
+{
+    struct js_int out = { .is_set = true };
+    bool neg = text.p[0] == '-';
+    uint64_t v = 0, max = (uint64_t)INT64_MAX + (neg ? 1 : 0);
+    for (size_t i = neg ? 1 : 0; i < text.len; i++) {
+        uint64_t d = (uint64_t)(text.p[i] - '0');
+        if (v > (max - d) / 10) {
+            out.over = true;
+            return out;
+        }
+        v = v * 10 + d;
+    }
+    out.v = neg ? (int64_t)(0 - v) : (int64_t)v;
+    return out;
+}
+
+static bool js_literal(struct js *j, sl word)
+{
+    sl rest = { j->p + j->pos, j->len - j->pos };
+    if (!sl_starts(rest, word))
+        return false;
+    j->pos += word.len;
+    return true;
+}
+
+/* Read a key; refuse one that its object (keys from `first`) has. */
+MUST_USE static int js_key(struct js *j, size_t first, sl *key)
+{
+    int err = js_string(j, key);
+    if (err)
+        return err;
+    uint32_t h = 2166136261u;                       /* FNV-1a */
+    for (size_t i = 0; i < key->len; i++)
+        h = (h ^ key->p[i]) * 16777619u;
+    for (size_t i = first; i < j->key_cnt; i++)
+        if (j->key[i].hash == h
+            && sl_eq((sl){ j->p + j->key[i].off, j->key[i].len }, *key))
+            return -EV_JSON_DUPLICATE;
+    if (j->key_cnt == LIM_JS_CNT)
+        return -EV_JSON_LIMIT;
+    j->key[j->key_cnt].hash = h;
+    j->key[j->key_cnt].off = (uint16_t)(key->p - j->p);
+    j->key[j->key_cnt++].len = (uint16_t)key->len;
+    js_blank(j);
+    if (!js_take(j, ':'))
+        return -EV_JSON_SYNTAX;
+    js_blank(j);
+    return 0;
+}
+
+static int js_value(struct js *j, const struct js_field *f, void *base);
+
+/* Read an object's members into base by the table `tab`, NULL: skip all.
+ * Recursion is bounded by LIM_JS_DEPTH. Returns 0 or -EV_*. */
+MUST_USE static int js_object(struct js *j, const struct js_table *tab,
+    void *base)
+{
+    size_t first = j->key_cnt;
+    if (!js_take(j, '{'))
+        return -EV_JSON_TYPE;
+    if (++j->depth > LIM_JS_DEPTH)
+        return -EV_JSON_LIMIT;
+    js_blank(j);
+    for (bool more = !js_take(j, '}'); more; ) {
+        sl key;
+        int err = js_key(j, first, &key);
+        if (err)
+            return err;
+        const struct js_field *f = NULL;
+        for (size_t i = 0; tab && i < tab->cnt && !f; i++)
+            if (sl_eq(key, sl_str(tab->field[i].name)))
+                f = &tab->field[i];
+        if (tab && !f && tab->strict)
+            return -EV_JSON_UNKNOWN;
+        err = js_value(j, f, base);
+        if (err)
+            return err;
+        js_blank(j);
+        more = js_take(j, ',');
+        js_blank(j);
+        if (!more && !js_take(j, '}'))
+            return -EV_JSON_SYNTAX;
+    }
+    j->key_cnt = first;
+    j->depth--;
+    return 0;
+}
+
+MUST_USE static int js_array(struct js *j)
+{
+    (void)js_take(j, '[');
+    if (++j->depth > LIM_JS_DEPTH)
+        return -EV_JSON_LIMIT;
+    js_blank(j);
+    for (bool more = !js_take(j, ']'); more; ) {
+        int err = js_value(j, NULL, NULL);
+        if (err)
+            return err;
+        js_blank(j);
+        more = js_take(j, ',');
+        js_blank(j);
+        if (!more && !js_take(j, ']'))
+            return -EV_JSON_SYNTAX;
+    }
+    j->depth--;
+    return 0;
+}
+
+/* Read one value. f says what it must be and where it goes; NULL or JS_ANY
+ * takes and drops anything. null leaves the target unset. */
+MUST_USE static int js_value(struct js *j, const struct js_field *f,
+    void *base)
+{
+    enum js_type want = f ? f->type : JS_ANY;
+    int c = js_peek(j), err;
+    sl text;
+    bool is_int;
+    if (++j->value_cnt > LIM_JS_CNT)
+        return -EV_JSON_LIMIT;
+    if (js_literal(j, SL("null")))
+        return 0;
+    if (c == '{') {
+        if (want != JS_OBJECT && want != JS_ANY)
+            return -EV_JSON_TYPE;
+        return js_object(j, want == JS_ANY ? NULL : f->sub, base);
+    }
+    if (c == '"') {
+        err = js_string(j, &text);
+        if (err || want == JS_ANY)
+            return err;
+        if (want != JS_STRING)
+            return -EV_JSON_TYPE;
+        *(sl *)(void *)((uint8_t *)base + f->offset) = text;
+        return 0;
+    }
+    if (c == '-' || (c >= '0' && c <= '9')) {
+        err = js_number(j, &text, &is_int);
+        if (err || want == JS_ANY)
+            return err;
+        if (want != JS_INT || !is_int)
+            return -EV_JSON_TYPE;
+        *(struct js_int *)(void *)((uint8_t *)base + f->offset)
+            = js_int_from(text);
+        return 0;
+    }
+    if (want != JS_ANY && (c == '[' || c == 't' || c == 'f'))
+        return -EV_JSON_TYPE;
+    if (c == '[')
+        return js_array(j);
+    if (js_literal(j, SL("true")) || js_literal(j, SL("false")))
+        return 0;
+    return -EV_JSON_SYNTAX;
+}
+
+/* Read a whole text that must be one object, into base by tab. A top-level
+ * null counts as {} when tab->null_ok.
+ * Trust    text is unchecked; it is decoded in place.
+ * Returns  0 or -EV_JSON_*; base may be partly filled on failure. */
+MUST_USE static int js_parse(uint8_t *text_raw, size_t len,
+    const struct js_table *tab, void *base)
+{
+    struct js j;
+    if (len > LIM_BIG_LEN)
+        return -EV_JSON_LIMIT;
+    j.p = text_raw;
+    j.len = len;
+    j.pos = j.key_cnt = 0;
+    j.depth = j.value_cnt = 0;
+    js_blank(&j);
+    if (!tab->null_ok || !js_literal(&j, SL("null"))) {
+        int c = js_peek(&j);
+        if (c != '{')
+            return -EV_JSON_SYNTAX;
+        int err = js_object(&j, tab, base);
+        if (err)
+            return err;
+    }
+    js_blank(&j);
+    return j.pos == j.len ? 0 : -EV_JSON_SYNTAX;
+}
+
+static void js_put_u(struct bb *b, uint32_t unit)
+{
+    static const char hex[] = "0123456789abcdef";
+    bb_str(b, "\\u");
+    for (int k = 12; k >= 0; k -= 4)
+        bb_byte(b, (uint8_t)hex[unit >> k & 15]);
+}
+
+/* Append s, which is UTF-8, as a JSON string. Escapes are those of
+ * canonical JSON; `ascii` adds all that would put `-` or `_` into
+ * base64url or a byte above 0x7e into the text (PROTOCOL section 6). */
+static void js_put_str(struct bb *b, sl s, bool ascii)
+{
+    static const char from[] = "\"\\\b\t\n\f\r", to[] = "\"\\btnfr";
+    bb_byte(b, '"');
+    while (s.len) {
+        uint32_t cp;
+        size_t n = utf8_next(s, &cp);
+        const char *hit;
+        if (n == 0) {                     /* callers pass checked text */
+            b->over = true;
+            return;
+        }
+        if (cp && cp < 0x80 && (hit = strchr(from, (int)cp))) {
+            bb_byte(b, '\\');
+            bb_byte(b, (uint8_t)to[hit - from]);
+        } else if (cp < 0x20
+                   || (ascii && (cp >= 0x7f || strchr(">?~", (int)cp)))) {
+            if (cp > 0xffff) {
+                js_put_u(b, 0xd800 + ((cp - 0x10000) >> 10));
+                js_put_u(b, 0xdc00 + ((cp - 0x10000) & 0x3ff));
+            } else {
+                js_put_u(b, cp);
+            }
+        } else {
+            bb_put(b, (sl){ s.p, n });
+        }
+        s = sl_skip(s, n);
+    }
+    bb_byte(b, '"');
+}
+
+/* ==== 08 HTTP/1 ==================== PART I: PURE =====================
+ * Purpose  One request or reply head from bytes, its one framing, and the
+ *          chunked coding; or one numbered no.
+ * Trust    None: clients and peers.
+ * Limits   LIM_LINE_LEN, LIM_HEAD_LEN, LIM_FIELD_CNT, LIM_REPLY_HEAD,
+ *          LIM_REPLY_FIELDS, LIM_EXT_LEN, LIM_OVERHEAD_LEN, LIM_TRAILER_*.
+ * INV-H1   A head has exactly one reading; where two exist, refuse.
+ * INV-H2   Nothing is read at or past in_raw.p + in_raw.len.
+ * Refuses  Bare CR or LF, folding, a second Host, length with chunked
+ *          (SECURITY section 7).
+ */
+
+/* The fields we look at; all others are checked and dropped. */
+#define H1_FIELD_TAB(X) \
+    X(HOST, "host") \
+    X(CONTENT_LENGTH, "content-length") \
+    X(TRANSFER_ENCODING, "transfer-encoding") \
+    X(EXPECT, "expect") \
+    X(REQUEST_ID, "x-request-id") \
+    X(LOCATION, "location") \
+    X(CACHE_CONTROL, "cache-control") \
+    X(EXPIRES, "expires") \
+    X(CONTENT_ENCODING, "content-encoding")
+
+enum h1_field {
+#define X(name, text) H1_##name,
+    H1_FIELD_TAB(X)
+#undef X
+    H1_FIELD_CNT
+};
+static const char *const h1_field_tab[H1_FIELD_CNT] = {
+#define X(name, text) [H1_##name] = text,
+    H1_FIELD_TAB(X)
+#undef X
+};
+
+/* Part of a head, by place: the buffer may lie elsewhere at the next call. */
+struct span {
+    uint16_t off, len;
+};
+
+/* What is known of a head so far. All zero at its first byte. */
+struct h1_head {
+    uint16_t pos;            /* where the next line starts */
+    uint16_t status;         /* replies */
+    uint8_t  minor;          /* HTTP/1.minor */
+    uint8_t  field_cnt;
+    bool     has_start;      /* the start line is read */
+    bool     has_crlf;       /* the one tolerated empty line is skipped */
+    bool     is_close, is_keep;    /* Connection options seen */
+    struct span method, target;    /* requests */
+    struct span field[H1_FIELD_CNT];
+    uint8_t  seen[H1_FIELD_CNT];   /* how often each occurred */
+};
+
+enum h1_kind { H1_NONE, H1_LENGTH, H1_CHUNKED, H1_CLOSE };
+
+/* How the body is delimited. */
+struct h1_body {
+    enum h1_kind kind;
+    uint64_t len;            /* H1_LENGTH */
+};
+
+static sl h1_slice(sl in, struct span s)
+{
+    return (sl){ in.p + s.off, s.len };
+}
+
+static sl h1_get(sl in, const struct h1_head *h, enum h1_field f)
+{
+    return h1_slice(in, h->field[f]);
+}
+
+/* RFC 9110 section 5.6.2. */
+static bool h1_is_token(sl s)
+{
+    for (size_t i = 0; i < s.len; i++)
+        if (!is_alnum(s.p[i])
+            && (s.p[i] == 0 || !strchr("!#$%&'*+-.^_`|~", s.p[i])))
+            return false;
+    return s.len > 0;
+}
+
+/* Take one CRLF-ended line off the front of in_raw.
+ * Trust    peer bytes, unchecked.
+ * Returns  >0 bytes consumed with CRLF; *line borrows from in_raw
+ *           0 not all here yet; *line untouched
+ *          <0 -EV_*; no later byte can repair it
+ * Bound    cap + 1 bytes looked at; `over` is the event beyond it. */
+MUST_USE static int h1_parse_line(sl in_raw, size_t cap, enum event over,
+    sl *line)
+{
+    for (size_t i = 0; i < in_raw.len && i < cap; i++) {
+        if (in_raw.p[i] == '\n')
+            return -EV_H1_BARE_LF;
+        if (in_raw.p[i] != '\r')
+            continue;
+        if (i + 1 == in_raw.len)
+            return 0;
+        if (in_raw.p[i + 1] != '\n')
+            return -EV_H1_BARE_CR;
+        *line = (sl){ in_raw.p, i };
+        return (int)i + 2;
+    }
+    return in_raw.len < cap ? 0 : -(int)over;
+}
+
+/* Check a request target (SECURITY section 7): origin-form, absolute-form
+ * with http or https, or `*` for OPTIONS. */
+MUST_USE static bool h1_check_target(sl method, sl target_raw)
+{
+    for (size_t i = 0; i < target_raw.len; i++)
+        if (target_raw.p[i] <= 0x20 || target_raw.p[i] > 0x7e
+            || target_raw.p[i] == '#')
+            return false;
+    if (sl_eq(target_raw, SL("*")))
+        return sl_eq(method, SL("OPTIONS"));
+    if (sl_eq(method, SL("CONNECT")))
+        return false;
+    if (target_raw.len && target_raw.p[0] == '/')
+        return true;
+    size_t colon = sl_find(target_raw, ':');
+    sl scheme = { target_raw.p, colon };
+    return (sl_ieq(scheme, SL("http")) || sl_ieq(scheme, SL("https")))
+        && sl_starts(sl_skip(target_raw, colon), SL("://"))
+        && target_raw.len > colon + 3;
+}
+
+/* HTTP/1.x of a start line. Returns 0 or -EV_*. */
+MUST_USE static int h1_version(sl v_raw, uint8_t *minor)
+{
+    if (v_raw.len != 8 || !sl_starts(v_raw, SL("HTTP/"))
+        || v_raw.p[5] < '0' || v_raw.p[5] > '9' || v_raw.p[6] != '.'
+        || v_raw.p[7] < '0' || v_raw.p[7] > '9')
+        return -EV_H1_LINE;
+    if (v_raw.p[5] != '1')
+        return -EV_H1_VERSION;
+    *minor = (uint8_t)(v_raw.p[7] - '0');
+    return 0;
+}
+
+static struct span h1_span(sl in, sl part)
+{
+    return (struct span){ (uint16_t)(part.p - in.p), (uint16_t)part.len };
+}
+
+MUST_USE static int h1_parse_request_line(sl in, sl line_raw,
+    struct h1_head *h)
+{
+    size_t a = sl_find(line_raw, ' ');
+    sl rest = sl_skip(line_raw, a + 1);
+    size_t b = sl_find(rest, ' ');
+    sl method = { line_raw.p, a }, target = { rest.p, b };
+    if (a == line_raw.len || b == rest.len || !h1_is_token(method))
+        return -EV_H1_LINE;
+    int err = h1_version(sl_skip(rest, b + 1), &h->minor);
+    if (err)
+        return err;
+    if (!h1_check_target(method, target))
+        return -EV_H1_TARGET;
+    h->method = h1_span(in, method);
+    h->target = h1_span(in, target);
+    return 0;
+}
+
+MUST_USE static int h1_parse_status_line(sl line_raw, struct h1_head *h)
+{
+    uint64_t status;
+    if (line_raw.len < 12 || line_raw.p[8] != ' '
+        || h1_version((sl){ line_raw.p, 8 }, &h->minor)
+        || !sl_u64((sl){ line_raw.p + 9, 3 }, 599, &status) || status < 100
+        || (line_raw.len > 12 && line_raw.p[12] != ' '))
+        return -EV_H1_LINE;
+    h->status = (uint16_t)status;
+    return 0;
+}
+
+/* Note the options of one Connection field. */
+static void h1_connection(sl value, struct h1_head *h)
+{
+    sl word;
+    while (sl_word(&value, ", \t", &word)) {
+        h->is_close |= sl_ieq(word, SL("close"));
+        h->is_keep |= sl_ieq(word, SL("keep-alive"));
+    }
+}
+
+MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
+{
+    size_t colon = sl_find(line_raw, ':');
+    sl name = { line_raw.p, colon };
+    if (colon == line_raw.len || !h1_is_token(name))
+        return -EV_H1_FIELD;
+    sl value = sl_skip(line_raw, colon + 1);
+    for (size_t i = 0; i < value.len; i++)
+        if ((value.p[i] < 0x20 && value.p[i] != '\t') || value.p[i] == 0x7f)
+            return -EV_H1_FIELD;
+    value = sl_trim(value);
+    if (sl_ieq(name, SL("connection")))
+        h1_connection(value, h);
+    for (int f = 0; f < H1_FIELD_CNT; f++)
+        if (sl_ieq(name, sl_str(h1_field_tab[f]))) {
+            h->seen[f] = (uint8_t)(h->seen[f] + 1);
+            h->field[f] = h1_span(in, value);
+        }
+    return 0;
+}
+
+/* Read a head, line by line; call again with more bytes of the same.
+ * Trust    peer bytes, unchecked.
+ * Returns  >0 length of the head, empty line included
+ *           0 not all here yet
+ *          <0 -EV_*; no later byte can repair it */
+MUST_USE static int h1_parse_head(sl in_raw, bool is_reply, struct h1_head *h)
+{
+    size_t cap = is_reply ? LIM_REPLY_HEAD : LIM_HEAD_LEN;
+    size_t fields = is_reply ? LIM_REPLY_FIELDS : LIM_FIELD_CNT;
+    for (;;) {
+        sl line = { in_raw.p, 0 }, rest = sl_skip(in_raw, h->pos);
+        bool at_start = !h->has_start;
+        size_t room = cap - h->pos;
+        int n = at_start && !is_reply
+            ? h1_parse_line(rest, LIM_LINE_LEN, EV_H1_LINE_LONG, &line)
+            : h1_parse_line(rest, room, EV_HEAD_LIMIT, &line);
+        if (n <= 0)
+            return n;
+        h->pos = (uint16_t)(h->pos + n);
+        int err = 0;
+        if (at_start && line.len == 0) {
+            if (is_reply || h->has_crlf)
+                return -EV_H1_LINE;
+            h->has_crlf = true;
+            continue;
+        }
+        if (line.len == 0)
+            return h->pos;
+        if (at_start)
+            err = is_reply ? h1_parse_status_line(line, h)
+                           : h1_parse_request_line(in_raw, line, h);
+        else if (h->field_cnt == fields)
+            return -EV_HEAD_LIMIT;
+        else
+            err = h1_parse_field(in_raw, line, h);
+        if (err)
+            return err;
+        if (!at_start)
+            h->field_cnt++;
+        h->has_start = true;
+    }
+}
+
+/* RFC 9112 section 3.2: a request names its host once. */
+static bool h1_host_ok(sl in, const struct h1_head *h)
+{
+    sl v = h1_get(in, h, H1_HOST);
+    if (h->seen[H1_HOST] > 1 || (h->seen[H1_HOST] == 0 && h->minor > 0))
+        return false;
+    if (h->seen[H1_HOST] == 0)
+        return true;
+    for (size_t i = 0; i < v.len; i++)
+        if (!is_unreserved(v.p[i])
+            && (v.p[i] == 0 || !strchr("%!$&'()*+,;=:[]", v.p[i])))
+            return false;
+    return v.len > 0;
+}
+
+/* Judge a Transfer-Encoding value: only `chunked`. Returns 0 or -EV_*. */
+MUST_USE static int h1_coding(sl value)
+{
+    bool last_chunked = false, unknown = false, bad = false, twice = false;
+    for (bool more = true; more; ) {
+        size_t cut = sl_find(value, ',');
+        sl word = sl_trim((sl){ value.p, cut });
+        more = cut < value.len;
+        value = sl_skip(value, cut + 1);
+        bool is_chunked = sl_ieq(word, SL("chunked"));
+        twice |= is_chunked && last_chunked;
+        bad |= !h1_is_token(word) || (!is_chunked && last_chunked);
+        unknown |= !is_chunked;
+        last_chunked |= is_chunked;
+    }
+    if (bad || twice || !last_chunked)
+        return -EV_H1_CODING;
+    return unknown ? -EV_H1_CODING_UNKNOWN : 0;
+}
+
+/* The one framing decision for a body.
+ * GRANTS: where one message ends and the next begins.
+ * Returns 0 and *body, or -EV_*. */
+MUST_USE static int h1_framing(sl in, const struct h1_head *h, bool is_reply,
+    struct h1_body *body)
+{
+    bool has_length = h->seen[H1_CONTENT_LENGTH] > 0;
+    *body = (struct h1_body){ is_reply ? H1_CLOSE : H1_NONE, 0 };
+    if (!is_reply && !h1_host_ok(in, h))
+        return -EV_H1_HOST;
+    if (h->seen[H1_TRANSFER_ENCODING]) {
+        if (has_length)
+            return -EV_H1_LENGTH;
+        if (h->minor == 0 || h->seen[H1_TRANSFER_ENCODING] > 1)
+            return -EV_H1_CODING;
+        int err = h1_coding(h1_get(in, h, H1_TRANSFER_ENCODING));
+        body->kind = H1_CHUNKED;
+        return err;
+    }
+    if (has_length) {
+        if (h->seen[H1_CONTENT_LENGTH] > 1
+            || !sl_u64(h1_get(in, h, H1_CONTENT_LENGTH), INT64_MAX,
+                       &body->len))
+            return -EV_H1_LENGTH;
+        body->kind = H1_LENGTH;
+    }
+    if (is_reply && (h->status == 204 || h->status == 304))
+        *body = (struct h1_body){ H1_NONE, 0 };
+    return 0;
+}
+
+/* Whether the connection may carry another message after this one. */
+static bool h1_keeps(const struct h1_head *h)
+{
+    return h->minor > 0 && !h->is_close;
+}
+
+/* The path that routes: query cut off, authority of absolute-form dropped.
+ * Slash runs and the prefix are srv_route's business. */
+static sl h1_path(sl target)
+{
+    if (target.len && target.p[0] != '/' && target.p[0] != '*') {
+        target = sl_skip(target, sl_find(target, ':') + 3);
+        size_t cut = 0;
+        while (cut < target.len && target.p[cut] != '/'
+               && target.p[cut] != '?')
+            cut++;
+        target = sl_skip(target, cut);
+        if (target.len == 0 || target.p[0] != '/')
+            return SL("/");
+    }
+    return (sl){ target.p, sl_find(target, '?') };
+}
+
+enum chunk_state {
+    CHUNK_SIZE, CHUNK_EXT, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_CR,
+    CHUNK_DATA_LF, CHUNK_TRAILER, CHUNK_TRAILER_LF, CHUNK_END
+};
+
+/* Decoder of one chunked body. All zero at its first byte. */
+struct h1_chunk {
+    enum chunk_state state;
+    uint32_t left;           /* data bytes of this chunk still to come */
+    uint8_t  digit_cnt;
+    uint16_t ext_len;        /* of this chunk */
+    uint32_t overhead_len;   /* framing bytes of the body */
+    uint16_t line_len, trailer_len, trailer_cnt;
+};
+
+/* Judge one framing byte. Returns 0 or -EV_*. */
+MUST_USE static int h1_chunk_byte(struct h1_chunk *c, uint8_t byte)
+{
+    uint8_t low = ascii_lower(byte);
+    bool is_hex = (byte >= '0' && byte <= '9') || (low >= 'a' && low <= 'f');
+    bool is_text = byte == '\t' || (byte >= 0x20 && byte != 0x7f);
+    switch (c->state) {
+    case CHUNK_SIZE:
+        if (is_hex && c->digit_cnt < 8) {
+            c->left = c->left << 4
+                | (uint32_t)(byte <= '9' ? byte - '0' : low - 'a' + 10);
+            c->digit_cnt++;
+            return 0;
+        }
+        if (c->digit_cnt == 0 || (byte != ';' && byte != '\r'))
+            return -EV_H1_CHUNK;
+        c->state = byte == ';' ? CHUNK_EXT : CHUNK_SIZE_LF;
+        c->ext_len = 0;
+        return 0;
+    case CHUNK_EXT:
+        if (byte == '\r')
+            c->state = CHUNK_SIZE_LF;
+        else if (!is_text || ++c->ext_len > LIM_EXT_LEN)
+            return -EV_H1_CHUNK;
+        return 0;
+    case CHUNK_SIZE_LF:
+        if (byte != '\n')
+            return -EV_H1_CHUNK;
+        c->digit_cnt = 0;
+        c->line_len = 0;
+        c->state = c->left ? CHUNK_DATA : CHUNK_TRAILER;
+        return 0;
+    case CHUNK_DATA_CR:
+    case CHUNK_DATA_LF:
+        if (byte != (c->state == CHUNK_DATA_CR ? '\r' : '\n'))
+            return -EV_H1_CHUNK;
+        c->state = c->state == CHUNK_DATA_CR ? CHUNK_DATA_LF : CHUNK_SIZE;
+        return 0;
+    case CHUNK_TRAILER:
+        if (byte == '\r')
+            c->state = CHUNK_TRAILER_LF;
+        else if (!is_text)
+            return -EV_H1_CHUNK;
+        else if (++c->trailer_len > LIM_TRAILER_LEN
+                 || (c->line_len++ == 0
+                     && ++c->trailer_cnt > LIM_TRAILER_CNT))
+            return -EV_H1_TRAILER;
+        return 0;
+    case CHUNK_TRAILER_LF:
+        if (byte != '\n')
+            return -EV_H1_CHUNK;
+        c->state = c->line_len ? CHUNK_TRAILER : CHUNK_END;
+        c->line_len = 0;
+        return 0;
+    case CHUNK_DATA:
+    case CHUNK_END:
+        break;
+    }
+    return -EV_H1_CHUNK;               /* unreachable: handled by the caller */
+}
+
+/* Take framing bytes, then at most one run of data, off the front.
+ * Returns  >0 bytes consumed; *data (maybe empty) borrows from in_raw
+ *           0 need more, or the body has ended (state CHUNK_END)
+ *          <0 -EV_* */
+MUST_USE static int h1_parse_chunk(sl in_raw, struct h1_chunk *c, sl *data)
+{
+    size_t i = 0;
+    *data = (sl){ in_raw.p, 0 };
+    while (i < in_raw.len && c->state != CHUNK_DATA && c->state != CHUNK_END) {
+        int err = h1_chunk_byte(c, in_raw.p[i++]);
+        if (err)
+            return err;
+        if (++c->overhead_len > LIM_OVERHEAD_LEN)
+            return -EV_H1_CHUNK;
+    }
+    if (c->state == CHUNK_DATA && i < in_raw.len) {
+        size_t n = in_raw.len - i < c->left ? in_raw.len - i : c->left;
+        *data = (sl){ in_raw.p + i, n };
+        c->left -= (uint32_t)n;
+        if (c->left == 0)
+            c->state = CHUNK_DATA_CR;
+        i += n;
+    }
+    return (int)i;
+}
+
+/* ==== 09 DNS ======================= PART I: PURE =====================
+ * Purpose  Build one question; take one answer apart (RFC 1035, 2782).
+ * Trust    None: anyone on the path can send an answer.
+ * Limits   LIM_DNS_REC_CNT, LIM_CNAME_CNT, LIM_POINTER_CNT.
+ * INV-D1   Pointers lead backwards only, so no name loops.
+ * INV-D2   Only records of the question's CNAME chain are taken.
+ */
+
+enum { DNS_A = 1, DNS_CNAME = 5, DNS_SOA = 6, DNS_AAAA = 28, DNS_SRV = 33 };
+
+/* What an answer says. Records lie packed in data: A 4 bytes, AAAA 16,
+ * SRV: priority, weight, port (2 each), name length (1), name. */
+struct dns_answer {
+    uint8_t  rcode;
+    bool     is_cut;             /* TC: ask again by TCP */
+    bool     has_more;           /* chain ends in a name without records */
+    uint8_t  rec_cnt;
+    uint16_t data_len;
+    uint32_t ttl;                /* smallest of the chain, or negative TTL */
+    uint8_t  cname_len;          /* name at the end of the chain */
+    uint8_t  cname[LIM_HOST_LEN];
+    uint8_t  data[LIM_DNSDATA_LEN];
+};
+
+/* Append the wire form of a name in text form (no escapes). False if a
+ * label is empty or too long, or the whole exceeds 255 bytes. One trailing
+ * dot is the root. */
+MUST_USE static bool dns_put_name(struct bb *b, sl name)
+{
+    if (sl_ends(name, SL(".")))
+        name.len--;
+    if (name.len == 0 || name.len > 253)
+        return false;
+    for (bool more = true; more; ) {
+        size_t n = sl_find(name, '.');
+        if (n == 0 || n > 63)
+            return false;
+        bb_byte(b, (uint8_t)n);
+        bb_put(b, (sl){ name.p, n });
+        more = n < name.len;
+        name = sl_skip(name, n + 1);
+    }
+    bb_byte(b, 0);
+    return true;
+}
+
+/* Append one recursive question. */
+MUST_USE static bool dns_build(struct bb *b, uint16_t id, sl name,
+    uint16_t type)
+{
+    bb_put(b, (sl){ (uint8_t[12]){ (uint8_t)(id >> 8), (uint8_t)id, 1, 0,
+        0, 1 }, 12 });
+    if (!dns_put_name(b, name))
+        return false;
+    bb_put(b, (sl){ (uint8_t[4]){ (uint8_t)(type >> 8), (uint8_t)type, 0, 1 },
+        4 });
+    return !b->over;
+}
+
+/* Read the name at *pos into text form, lower case, without a trailing dot
+ * ("." for the root). *pos moves behind it. Labels with a dot or a byte
+ * outside 0x21-0x7e are refused. */
+MUST_USE static bool dns_parse_name(sl pkt_raw, size_t *pos,
+    uint8_t out[LIM_HOST_LEN], uint8_t *out_len)
+{
+    size_t at = *pos, len = 0, jumps = 0, lowest = at;
+    bool moved = false;
+    for (;;) {
+        if (at >= pkt_raw.len)
+            return false;
+        uint8_t n = pkt_raw.p[at];
+        if (n >= 0xc0) {
+            if (at + 1 >= pkt_raw.len || ++jumps > LIM_POINTER_CNT)
+                return false;
+            size_t to = be16(pkt_raw.p + at) & 0x3fffU;
+            if (to >= lowest)
+                return false;
+            if (!moved)
+                *pos = at + 2;
+            moved = true;
+            at = lowest = to;
+            continue;
+        }
+        if (n > 63 || at + 1 + n > pkt_raw.len)
+            return false;
+        if (n == 0)
+            break;
+        if (len + n + 1 > LIM_HOST_LEN - 1)
+            return false;
+        if (len)
+            out[len++] = '.';
+        for (size_t k = 1; k <= n; k++) {
+            uint8_t c = ascii_lower(pkt_raw.p[at + k]);
+            if (c <= 0x20 || c >= 0x7f || c == '.')
+                return false;
+            out[len++] = c;
+        }
+        at += 1U + n;
+    }
+    if (!moved)
+        *pos = at + 1;
+    if (len == 0)
+        out[len++] = '.';
+    *out_len = (uint8_t)len;
+    return true;
+}
+
+/* One resource record's fixed part. */
+struct dns_rec {
+    uint8_t  name[LIM_HOST_LEN], name_len;
+    uint16_t type, class, len;
+    uint32_t ttl;
+    size_t   at;                 /* of its data */
+};
+
+MUST_USE static bool dns_parse_rec(sl pkt_raw, size_t *pos, struct dns_rec *r)
+{
+    if (!dns_parse_name(pkt_raw, pos, r->name, &r->name_len)
+        || pkt_raw.len - *pos < 10)
+        return false;
+    const uint8_t *p = pkt_raw.p + *pos;
+    r->type = be16(p);
+    r->class = be16(p + 2);
+    r->ttl = be32(p + 4);
+    r->len = be16(p + 8);
+    r->at = *pos + 10;
+    if (r->len > pkt_raw.len - r->at)
+        return false;
+    if (r->ttl > INT32_MAX)                     /* RFC 2181 section 8 */
+        r->ttl = 0;
+    *pos = r->at + r->len;
+    return true;
+}
+
+/* Append the data of a wanted record. False if malformed; a record that
+ * does not fit is left out. */
+MUST_USE static bool dns_take(sl pkt_raw, const struct dns_rec *r,
+    struct dns_answer *out)
+{
+    uint8_t buf[7 + LIM_HOST_LEN];
+    size_t n = r->len;
+    if (r->type == DNS_SRV) {
+        size_t pos = r->at + 6;
+        if (r->len < 7 || !dns_parse_name(pkt_raw, &pos, buf + 7, buf + 6)
+            || pos != r->at + r->len)
+            return false;
+        memcpy(buf, pkt_raw.p + r->at, 6);
+        n = 7U + buf[6];
+    } else {
+        if (n != (r->type == DNS_A ? 4 : 16))
+            return false;
+        memcpy(buf, pkt_raw.p + r->at, n);
+    }
+    if (out->rec_cnt == LIM_DNS_REC_CNT
+        || n > (size_t)LIM_DNSDATA_LEN - out->data_len)
+        return true;
+    memcpy(out->data + out->data_len, buf, n);
+    out->data_len = (uint16_t)(out->data_len + n);
+    out->rec_cnt++;
+    return true;
+}
+
+/* Walk the answer section once from `pos`: take the records of type at the
+ * chain's end; move the end along a CNAME. *moved tells of a move. */
+MUST_USE static bool dns_walk(sl pkt_raw, size_t pos, uint16_t type,
+    struct dns_answer *out, bool *moved)
+{
+    *moved = false;
+    out->rec_cnt = 0;              /* an earlier walk may have seen some */
+    out->data_len = 0;
+    for (unsigned i = be16(pkt_raw.p + 6); i > 0; i--) {
+        struct dns_rec r;
+        if (!dns_parse_rec(pkt_raw, &pos, &r))
+            return false;
+        if (r.class != 1 || !sl_eq((sl){ r.name, r.name_len },
+                                   (sl){ out->cname, out->cname_len }))
+            continue;
+        if (r.type == type) {
+            if (!dns_take(pkt_raw, &r, out))
+                return false;
+        } else if (r.type == DNS_CNAME && !*moved && out->rec_cnt == 0) {
+            size_t at = r.at;
+            if (!dns_parse_name(pkt_raw, &at, out->cname, &out->cname_len)
+                || at != r.at + r.len)
+                return false;
+            *moved = true;
+        } else {
+            continue;
+        }
+        if (r.ttl < out->ttl)
+            out->ttl = r.ttl;
+    }
+    return true;
+}
+
+/* Negative TTL (RFC 2308 section 5): of the SOA in the authority section,
+ * the smaller of its TTL and its MINIMUM; 0 if there is none. */
+static uint32_t dns_negative_ttl(sl pkt_raw, size_t pos)
+{
+    unsigned skip = be16(pkt_raw.p + 6);
+    unsigned cnt = skip + be16(pkt_raw.p + 8);
+    for (unsigned i = 0; i < cnt; i++) {
+        struct dns_rec r;
+        if (!dns_parse_rec(pkt_raw, &pos, &r))
+            return 0;
+        if (i < skip || r.type != DNS_SOA || r.len < 20)
+            continue;
+        uint32_t minimum = be32(pkt_raw.p + r.at + r.len - 4);
+        return minimum < r.ttl ? minimum : r.ttl;
+    }
+    return 0;
+}
+
+/* Take an answer apart.
+ * Trust    pkt_raw is unchecked; id and question must be ours.
+ * Returns  1 it answers our question, *out is filled; 0 not ours: go on
+ *          waiting; -EV_DNS_BAD ours, but malformed.
+ * Bound    LIM_CNAME_CNT walks over at most 65,535 records of the packet. */
+MUST_USE static int dns_parse(sl pkt_raw, uint16_t id, sl name, uint16_t type,
+    struct dns_answer *out)
+{
+    uint8_t asked[LIM_HOST_LEN];
+    size_t pos = 12;
+    memset(out, 0, offsetof(struct dns_answer, cname));
+    if (sl_ends(name, SL(".")))
+        name.len--;
+    if (pkt_raw.len < 12 || be16(pkt_raw.p) != id
+        || (pkt_raw.p[2] & 0xf8) != 0x80 || be16(pkt_raw.p + 4) != 1
+        || !dns_parse_name(pkt_raw, &pos, asked, &out->cname_len)
+        || pkt_raw.len - pos < 4 || be16(pkt_raw.p + pos) != type
+        || be16(pkt_raw.p + pos + 2) != 1
+        || !sl_ieq((sl){ asked, out->cname_len }, name))
+        return 0;
+    pos += 4;
+    memcpy(out->cname, asked, out->cname_len);
+    out->rcode = pkt_raw.p[3] & 15;
+    out->is_cut = (pkt_raw.p[2] & 2) != 0;
+    out->ttl = UINT32_MAX;
+    if (out->is_cut)
+        return 1;
+    bool moved = true;
+    for (int hops = 0; moved; hops++) {
+        if (hops > LIM_CNAME_CNT)
+            return -EV_DNS_BAD;
+        if (!dns_walk(pkt_raw, pos, type, out, &moved))
+            return -EV_DNS_BAD;
+    }
+    if (out->rec_cnt == 0) {
+        out->has_more = out->rcode == 0
+            && !sl_ieq((sl){ out->cname, out->cname_len }, name);
+        out->ttl = dns_negative_ttl(pkt_raw, pos);
+    }
+    return 1;
+}
+
+/* ==== 11 JWT ======================= PART I: PURE =====================
+ * Purpose  Names of rooms and identities; HS256 tokens (RFC 7515, 7519).
+ * Trust    Inputs are checked by the callers: UTF-8, verified user.
+ * INV-W1   A token for a client holds no right but those of PROTOCOL
+ *          section 6; one for the SFU lives 600 s and never goes to a
+ *          client.
+ */
+
+enum { HASH_NAME_LEN = 43, SERVICE_TTL_S = 600 };
+
+/* Unpadded standard base64 of SHA-256 over the canonical JSON array of the
+ * parts (PROTOCOL section 5). False if they exceed the work buffer. */
+MUST_USE static bool jwt_hash_name(const sl *part, size_t cnt,
+    uint8_t out[HASH_NAME_LEN])
+{
+    uint8_t work[6 * (LIM_ID_LEN + 2 * LIM_OTHER_LEN) + 16], sum[32];
+    struct bb b = BB(work);
+    sl text;
+    for (size_t i = 0; i < cnt; i++) {
+        bb_byte(&b, i ? ',' : '[');
+        js_put_str(&b, part[i], false);
+    }
+    bb_byte(&b, ']');
+    if (!bb_finish(&b, &text))
+        return false;
+    br_sha256_context c;
+    br_sha256_init(&c);
+    br_sha256_update(&c, text.p, text.len);
+    br_sha256_out(&c, sum);
+    struct bb o = { out, 0, HASH_NAME_LEN, false };
+    b64_put(&o, b64_std, (sl){ sum, 32 });
+    return !o.over;
+}
+
+/* Append the compact JWS of payload under key. */
+static void jwt_sign(struct bb *b, const br_hmac_key_context *sec_key,
+    sl payload)
+{
+    size_t from = b->len;
+    uint8_t mac[32];
+    br_hmac_context h;
+    b64_put(b, b64_url, SL("{\"alg\":\"HS256\",\"typ\":\"JWT\"}"));
+    bb_byte(b, '.');
+    b64_put(b, b64_url, payload);
+    br_hmac_init(&h, sec_key, 0);
+    br_hmac_update(&h, b->p + from, b->len - from);
+    br_hmac_out(&h, mac);
+    bb_byte(b, '.');
+    b64_put(b, b64_url, (sl){ mac, 32 });
+}
+
+/* `"iss":…[,"sub":…],"exp":…,"nbf":…,"iat":…`: what all tokens share. */
+static void jwt_times(struct bb *b, sl key, sl sub, int64_t now_wall,
+    int64_t ttl_s)
+{
+    bb_str(b, "{\"iss\":");
+    js_put_str(b, key, true);
+    if (sub.len) {
+        bb_str(b, ",\"sub\":");
+        js_put_str(b, sub, true);
+    }
+    bb_str(b, ",\"exp\":");
+    bb_i64(b, now_wall + ttl_s);
+    bb_str(b, ",\"nbf\":");
+    bb_i64(b, now_wall);
+    bb_str(b, ",\"iat\":");
+    bb_i64(b, now_wall);
+}
+
+/* Append a LiveKit join token's payload (PROTOCOL section 6, bytes and
+ * order fixed). canPublish is always written: absence means true.
+ * GRANTS: entry to one room under one identity. */
+static void jwt_put_join(struct bb *b, const struct grant *g)
+{
+    jwt_times(b, g->key, g->identity, g->now_wall, g->ttl_s);
+    bb_str(b, ",\"identity\":");
+    js_put_str(b, g->identity, true);
+    bb_str(b, ",\"video\":{\"roomJoin\":true,\"room\":");
+    js_put_str(b, g->room, true);
+    bb_str(b, ",\"canPublish\":");
+    bb_str(b, g->can_publish ? "true" : "false");
+    bb_str(b, ",\"canSubscribe\":true");
+    if (g->can_update)
+        bb_str(b, ",\"canUpdateOwnMetadata\":true");
+    bb_str(b, "}}");
+}
+
+/* Append the payload of our own token for one SFU call: room creation, or
+ * administration of `admin_room` when that is not empty. */
+static void jwt_put_service(struct bb *b, sl key, sl admin_room,
+    int64_t now_wall)
+{
+    jwt_times(b, key, (sl){ NULL, 0 }, now_wall, SERVICE_TTL_S);
+    bb_str(b, ",\"video\":{");
+    if (admin_room.len) {
+        bb_str(b, "\"roomAdmin\":true,\"room\":");
+        js_put_str(b, admin_room, true);
+    } else {
+        bb_str(b, "\"roomCreate\":true");
+    }
+    bb_str(b, "}}");
+}
+
+/* ==== 12 DER ======================= PART I: PURE =====================
+ * Purpose  Certificates (RFC 5280): the checks that BearSSL's engine does
+ *          not make; PEM; trust anchors and their packed form.
+ * Trust    None: a peer's chain, an operator's file.
+ * Limits   LIM_CERT_EXT, LIM_CHAIN_*, key sizes below.
+ * INV-X1   What a certificate says is read once, here, from strict DER.
+ * Refuses  Versions but 3, duplicate extensions, P-521, RSA outside
+ *          2048-4096 bits, constraints of kinds we cannot judge.
+ */
+
+enum key_kind { KEY_NONE, KEY_RSA, KEY_P256, KEY_P384 };
+
+/* A public key; slices borrow from the certificate. */
+struct pub_key {
+    enum key_kind kind;
+    sl n, e;                 /* RSA, without leading zeros */
+    sl q;                    /* EC point, uncompressed */
+};
+
+/* What we need of a certificate; slices borrow from its DER. */
+struct cert {
+    sl der;
+    sl issuer, subject;      /* DER of the names, compared byte for byte */
+    sl spki;                 /* for equality of keys */
+    struct pub_key key;
+    sl san, constraints;     /* extension values, empty when absent */
+    int64_t not_after;       /* unix s */
+    bool is_v1;
+    bool has_basic, is_ca;
+    bool has_usage, can_sign;        /* keyUsage, its digitalSignature */
+    bool has_ext_usage, is_server;   /* EKU, serverAuth or any in it */
+};
+
+/* Take one element off *rest. Strict DER: definite, shortest length, tag
+ * below 31. *body is its content, *whole (may be NULL) all of it. */
+MUST_USE static bool der_take(sl *rest, uint8_t tag, sl *body, sl *whole)
+{
+    const uint8_t *p = rest->p;
+    size_t len, head = 2;
+    if (rest->len < 2 || p[0] != tag)
+        return false;
+    len = p[1];
+    if (len > 0x80) {
+        size_t n = len & 0x7f;
+        if (n > 3 || rest->len < 2 + n || p[2] == 0)
+            return false;
+        len = 0;
+        for (size_t k = 0; k < n; k++)
+            len = len << 8 | p[2 + k];
+        if (len < 0x80)
+            return false;
+        head += n;
+    } else if (len == 0x80) {
+        return false;
+    }
+    if (len > rest->len - head)
+        return false;
+    *body = (sl){ p + head, len };
+    if (whole)
+        *whole = (sl){ p, head + len };
+    *rest = sl_skip(*rest, head + len);
+    return true;
+}
+
+/* A positive INTEGER without its leading zero byte. */
+MUST_USE static bool der_positive(sl *rest, sl *out)
+{
+    if (!der_take(rest, 0x02, out, NULL) || out->len == 0
+        || out->p[0] & 0x80)
+        return false;
+    if (out->p[0] == 0) {
+        if (out->len < 2 || !(out->p[1] & 0x80))
+            return false;
+        *out = sl_skip(*out, 1);
+    }
+    return true;
+}
+
+/* Days from 1970-01-01 of a Gregorian date. */
+static int64_t days_from_civil(int64_t y, unsigned m, unsigned d)
+{
+    y -= m <= 2;
+    int64_t era = (y >= 0 ? y : y - 399) / 400;
+    unsigned yoe = (unsigned)(y - era * 400);
+    unsigned doy = (153 * (m > 2 ? m - 3 : m + 9) + 2) / 5 + d - 1;
+    return era * 146097 + yoe * 365 + yoe / 4 - yoe / 100 + doy - 719468;
+}
+
+/* UTCTime or GeneralizedTime, seconds present, Z. */
+MUST_USE static bool der_time(sl *rest, int64_t *out)
+{
+    sl t;
+    bool utc = rest->len && rest->p[0] == 0x17;
+    size_t yl = utc ? 2 : 4;
+    uint64_t v[6] = { 0 };
+    if (!der_take(rest, utc ? 0x17 : 0x18, &t, NULL) || t.len != yl + 11
+        || t.p[t.len - 1] != 'Z')
+        return false;
+    for (size_t k = 0, at = 0; k < 6; k++) {
+        size_t n = k ? 2 : yl;
+        if (!sl_u64((sl){ t.p + at, n }, 9999, &v[k]))
+            return false;
+        at += n;
+    }
+    if (utc)
+        v[0] += v[0] < 50 ? 2000 : 1900;
+    if (v[1] < 1 || v[1] > 12 || v[2] < 1 || v[2] > 31 || v[3] > 23
+        || v[4] > 59 || v[5] > 60)
+        return false;
+    *out = days_from_civil((int64_t)v[0], (unsigned)v[1], (unsigned)v[2])
+        * 86400 + (int64_t)(v[3] * 3600 + v[4] * 60 + v[5]);
+    return true;
+}
+
+static const uint8_t oid_rsa[] = { 42, 134, 72, 134, 247, 13, 1, 1, 1 };
+static const uint8_t oid_ec[] = { 42, 134, 72, 206, 61, 2, 1 };
+static const uint8_t oid_p256[] = { 42, 134, 72, 206, 61, 3, 1, 7 };
+static const uint8_t oid_p384[] = { 43, 129, 4, 0, 34 };
+static const uint8_t oid_server_auth[] = { 43, 6, 1, 5, 5, 7, 3, 1 };
+static const uint8_t oid_any_usage[] = { 85, 29, 37, 0 };
+#define OID(a) ((sl){ (a), sizeof(a) })
+
+/* Read a SubjectPublicKeyInfo body. Unsupported keys give KEY_NONE; false
+ * is malformed DER. */
+MUST_USE static bool der_key(sl spki_raw, struct pub_key *out)
+{
+    sl alg, oid, params, bits, seq;
+    *out = (struct pub_key){ .kind = KEY_NONE };
+    if (!der_take(&spki_raw, 0x30, &alg, NULL)
+        || !der_take(&alg, 0x06, &oid, NULL)
+        || !der_take(&spki_raw, 0x03, &bits, NULL) || spki_raw.len
+        || bits.len < 1 || bits.p[0] != 0)
+        return false;
+    bits = sl_skip(bits, 1);
+    if (sl_eq(oid, OID(oid_rsa))) {
+        if (!der_take(&bits, 0x30, &seq, NULL) || bits.len
+            || !der_positive(&seq, &out->n) || !der_positive(&seq, &out->e)
+            || seq.len)
+            return false;
+        size_t n_len = out->n.len;
+        bool big = n_len > 256 || (n_len == 256 && out->n.p[0] & 0x80);
+        bool e_ok = out->e.len <= 4 && out->e.p[out->e.len - 1] & 1
+            && (out->e.len > 1 || out->e.p[0] >= 3);
+        if (big && n_len <= 512 && e_ok)
+            out->kind = KEY_RSA;
+    } else if (sl_eq(oid, OID(oid_ec))) {
+        if (!der_take(&alg, 0x06, &params, NULL) || alg.len)
+            return false;
+        bool p256 = sl_eq(params, OID(oid_p256));
+        bool p384 = sl_eq(params, OID(oid_p384));
+        if ((p256 && bits.len == 65) || (p384 && bits.len == 97)) {
+            if (bits.p[0] != 4)
+                return false;
+            out->kind = p256 ? KEY_P256 : KEY_P384;
+            out->q = bits;
+        }
+    }
+    return true;
+}
+
+/* Note one extension's meaning; `last` is the third arc under 2.5.29.
+ * False if malformed. */
+MUST_USE static bool cert_extension(struct cert *c, uint8_t last, sl value)
+{
+    sl seq, bits, oid, flag;
+    switch (last) {
+    case 17:
+        return der_take(&value, 0x30, &c->san, NULL) && !value.len
+            && c->san.len;
+    case 30:
+        return der_take(&value, 0x30, &c->constraints, NULL) && !value.len
+            && c->constraints.len;
+    case 15:
+        if (!der_take(&value, 0x03, &bits, NULL) || value.len
+            || bits.len < 2 || bits.p[0] > 7)
+            return false;
+        c->has_usage = true;
+        c->can_sign = (bits.p[1] & 0x80) != 0;
+        return true;
+    case 19:
+        if (!der_take(&value, 0x30, &seq, NULL) || value.len)
+            return false;
+        c->has_basic = true;
+        if (seq.len && seq.p[0] == 0x01) {
+            if (!der_take(&seq, 0x01, &flag, NULL) || flag.len != 1)
+                return false;
+            c->is_ca = flag.p[0] == 0xff;
+        }
+        return true;
+    case 37:
+        if (!der_take(&value, 0x30, &seq, NULL) || value.len || !seq.len)
+            return false;
+        c->has_ext_usage = true;
+        while (seq.len) {
+            if (!der_take(&seq, 0x06, &oid, NULL))
+                return false;
+            c->is_server |= sl_eq(oid, OID(oid_server_auth))
+                || sl_eq(oid, OID(oid_any_usage));
+        }
+        return true;
+    default:
+        return true;          /* BearSSL refuses unknown critical ones */
+    }
+}
+
+/* Read the Extensions list: at most LIM_CERT_EXT, no OID twice. */
+MUST_USE static bool cert_extensions(struct cert *c, sl list_raw)
+{
+    sl ext, oid, flag, value, seen[LIM_CERT_EXT];
+    size_t cnt = 0;
+    while (list_raw.len) {
+        if (cnt == LIM_CERT_EXT || !der_take(&list_raw, 0x30, &ext, NULL)
+            || !der_take(&ext, 0x06, &oid, NULL))
+            return false;
+        if (ext.len && ext.p[0] == 0x01
+            && (!der_take(&ext, 0x01, &flag, NULL) || flag.len != 1))
+            return false;
+        if (!der_take(&ext, 0x04, &value, NULL) || ext.len)
+            return false;
+        for (size_t i = 0; i < cnt; i++)
+            if (sl_eq(seen[i], oid))
+                return false;
+        seen[cnt++] = oid;
+        if (oid.len == 3 && oid.p[0] == 85 && oid.p[1] == 29
+            && !cert_extension(c, oid.p[2], value))
+            return false;
+    }
+    return cnt > 0;
+}
+
+/* Read a certificate. With `anchor` old roots pass too: version 1 and odd
+ * serials, since only their name and key count.
+ * Trust    der_raw is unchecked.
+ * Returns  false: not a certificate we judge. */
+MUST_USE static bool cert_parse(sl der_raw, bool anchor, struct cert *c)
+{
+    sl seq, tbs, alg, inner, bits, num, part, validity;
+    int64_t not_before;
+    *c = (struct cert){ .der = der_raw };
+    if (!der_take(&der_raw, 0x30, &seq, NULL) || der_raw.len
+        || !der_take(&seq, 0x30, &tbs, NULL)
+        || !der_take(&seq, 0x30, &part, &alg)
+        || !der_take(&seq, 0x03, &bits, NULL) || seq.len)
+        return false;
+    c->is_v1 = !der_take(&tbs, 0xa0, &part, NULL);
+    if (!c->is_v1 && (!der_positive(&part, &num) || part.len || num.len != 1
+                      || num.p[0] != 2))
+        return false;
+    if (!anchor && c->is_v1)
+        return false;
+    if (anchor ? !der_take(&tbs, 0x02, &num, NULL)
+               : !der_positive(&tbs, &num) || num.len > 20)
+        return false;
+    if (!der_take(&tbs, 0x30, &part, &inner) || !sl_eq(inner, alg)
+        || !der_take(&tbs, 0x30, &part, &c->issuer)
+        || !der_take(&tbs, 0x30, &validity, NULL)
+        || !der_time(&validity, &not_before)
+        || !der_time(&validity, &c->not_after) || validity.len
+        || !der_take(&tbs, 0x30, &part, &c->subject)
+        || !der_take(&tbs, 0x30, &c->spki, NULL)
+        || !der_key(c->spki, &c->key))
+        return false;
+    for (uint8_t tag = 0x81; tag <= 0x82; tag++)     /* unique ids */
+        if (tbs.len && tbs.p[0] == tag
+            && !der_take(&tbs, tag, &part, NULL))
+            return false;
+    if (tbs.len == 0)
+        return true;
+    return !c->is_v1 && der_take(&tbs, 0xa3, &part, NULL) && !tbs.len
+        && der_take(&part, 0x30, &seq, NULL) && !part.len
+        && cert_extensions(c, seq);
+}
+
+/* One dNSName pattern against a host name (RFC 6125 section 6.4): ASCII
+ * case-blind; `*` only as the whole first label, for exactly one label,
+ * with at least two labels behind it. */
+static bool cert_dns_match(sl pattern_raw, sl host)
+{
+    for (size_t i = 0; i < pattern_raw.len; i++)
+        if (pattern_raw.p[i] <= 0x20 || pattern_raw.p[i] >= 0x7f)
+            return false;
+    if (sl_ends(host, SL(".")))
+        host.len--;
+    if (!sl_starts(pattern_raw, SL("*.")))
+        return pattern_raw.len && sl_ieq(pattern_raw, host);
+    sl tail = sl_skip(pattern_raw, 1);
+    size_t dot = sl_find(host, '.');
+    return sl_find(sl_skip(tail, 1), '.') < tail.len - 1
+        && dot > 0 && sl_ieq(tail, sl_skip(host, dot));
+}
+
+/* Whether the SAN names the peer we dialled: a host name, or an address
+ * as iPAddress. The common name never counts.
+ * GRANTS: that this peer may speak for the name. */
+MUST_USE static bool cert_names_peer(const struct cert *c,
+    const struct name *peer)
+{
+    sl rest = c->san, body;
+    while (rest.len) {
+        uint8_t tag = rest.p[0];
+        if (!der_take(&rest, tag, &body, NULL))
+            return false;
+        if (tag == 0x82 && !peer->is_ip && cert_dns_match(body, peer->host))
+            return true;
+        if (tag == 0x87 && peer->is_ip
+            && sl_eq(body, (sl){ peer->ip.b, peer->ip.v6 ? 16 : 4 }))
+            return true;
+    }
+    return false;
+}
+
+/* Whether a dNSName lies in a subtree (RFC 5280 section 4.2.1.10). A
+ * subtree with a leading dot holds only names below it. */
+static bool cert_dns_within(sl name, sl tree)
+{
+    if (sl_ends(name, SL(".")))
+        name.len--;
+    if (tree.len == 0)
+        return true;
+    if (name.len < tree.len
+        || !sl_ieq(sl_skip(name, name.len - tree.len), tree))
+        return false;
+    return name.len == tree.len ? tree.p[0] != '.' || name.p[0] == '.'
+        : tree.p[0] == '.' || name.p[name.len - tree.len - 1] == '.';
+}
+
+/* Whether an address lies in a subtree of address and mask. */
+static bool cert_ip_within(sl addr, sl tree)
+{
+    if (tree.len != addr.len * 2)
+        return false;
+    for (size_t i = 0; i < addr.len; i++)
+        if ((addr.p[i] ^ tree.p[i]) & tree.p[addr.len + i])
+            return false;
+    return true;
+}
+
+/* Judge one name (tag 0x82 or 0x87) by one list of subtrees. *listed: the
+ * list has trees of its kind; *hit: one holds it. False if malformed or of
+ * a kind we cannot judge. */
+MUST_USE static bool cert_subtrees(sl list, uint8_t tag, sl name,
+    bool *listed, bool *hit)
+{
+    sl tree, base;
+    *listed = *hit = false;
+    while (list.len) {
+        if (!der_take(&list, 0x30, &tree, NULL) || tree.len == 0)
+            return false;
+        uint8_t kind = tree.p[0];
+        if ((kind != 0x82 && kind != 0x87)
+            || !der_take(&tree, kind, &base, NULL) || tree.len)
+            return false;
+        if (kind == 0x87 && base.len != 8 && base.len != 32)
+            return false;
+        if (kind != tag)
+            continue;
+        /* a v4 address is no member of a v6 tree, but is constrained */
+        *listed = true;
+        *hit |= tag == 0x82 ? cert_dns_within(name, base)
+                            : cert_ip_within(name, base);
+    }
+    return true;
+}
+
+/* Judge one name by a nameConstraints value: inside the permitted trees of
+ * its kind, if any, and outside the excluded ones. */
+MUST_USE static bool cert_permits(sl constraints, uint8_t tag, sl name)
+{
+    sl permitted = { NULL, 0 }, excluded = { NULL, 0 };
+    bool listed, hit;
+    if (constraints.len && constraints.p[0] == 0xa0
+        && !der_take(&constraints, 0xa0, &permitted, NULL))
+        return false;
+    if (constraints.len && !der_take(&constraints, 0xa1, &excluded, NULL))
+        return false;
+    if (constraints.len
+        || !cert_subtrees(permitted, tag, name, &listed, &hit)
+        || (listed && !hit)
+        || !cert_subtrees(excluded, tag, name, &listed, &hit))
+        return false;
+    return !hit;
+}
+
+/* Whether all names of the leaf, and the peer's own, keep to an issuer's
+ * constraints. A wildcard stands for its parent, and the peer's name for
+ * what the wildcard was used for. */
+MUST_USE static bool cert_keeps_to(const struct cert *leaf, sl constraints,
+    const struct name *peer)
+{
+    sl rest = leaf->san, body;
+    if (constraints.len == 0)
+        return true;
+    if (!peer->is_ip && !cert_permits(constraints, 0x82, peer->host))
+        return false;
+    while (rest.len) {
+        uint8_t tag = rest.p[0];
+        if (!der_take(&rest, tag, &body, NULL))
+            return false;
+        if (tag == 0x82 && sl_starts(body, SL("*.")))
+            body = sl_skip(body, 1);
+        if ((tag == 0x82 || tag == 0x87)
+            && !cert_permits(constraints, tag, body))
+            return false;
+    }
+    return true;
+}
+
+/* Take the next certificate out of PEM text (RFC 7468). Other blocks and
+ * text between are skipped.
+ * Returns  1 *der borrows from work; 0 no more; -1 a damaged block. */
+MUST_USE static int pem_parse(sl *rest_raw, uint8_t *work, size_t cap,
+    sl *der)
+{
+    static const char begin[] = "-----BEGIN CERTIFICATE-----";
+    static const char end[] = "-----END CERTIFICATE-----";
+    for (;;) {
+        if (rest_raw->len == 0)
+            return 0;
+        size_t n = sl_find(*rest_raw, '\n');
+        sl line = sl_trim((sl){ rest_raw->p, n });
+        *rest_raw = sl_skip(*rest_raw, n + 1);
+        if (sl_eq(line, SL(begin)))
+            break;
+    }
+    size_t len = 0, held = 0;
+    uint8_t quad[4];
+    for (;;) {
+        size_t n = sl_find(*rest_raw, '\n');
+        sl line = sl_trim((sl){ rest_raw->p, n });
+        if (rest_raw->len == 0)
+            return -1;
+        *rest_raw = sl_skip(*rest_raw, n + 1);
+        if (sl_eq(line, SL(end)))
+            break;
+        for (size_t i = 0; i < line.len; i++) {
+            quad[held++] = line.p[i];
+            if (held < 4)
+                continue;
+            int got = len + 3 > cap ? -1
+                : b64_parse((sl){ quad, 4 }, true, work + len);
+            if (got < 0)
+                return -1;
+            len += (size_t)got;
+            held = 0;
+        }
+    }
+    *der = (sl){ work, len };
+    return held ? -1 : 1;
+}
+
+/* A trust anchor. Packed: length of all behind it (2 bytes), is_ca (1),
+ * kind (1), then name, first and second key part, name constraints, each
+ * with a 2-byte length. */
+struct anchor {
+    bool is_ca;
+    struct pub_key key;
+    sl name, constraints;
+};
+
+static void bb_block(struct bb *b, sl s)
+{
+    bb_put(b, (sl){ (uint8_t[2]){ (uint8_t)(s.len >> 8), (uint8_t)s.len },
+        2 });
+    bb_put(b, s);
+}
+
+/* Append the packed anchor of a certificate. False, nothing appended, if
+ * its key is unsupported or the builder is full. */
+MUST_USE static bool anchor_put(struct bb *b, const struct cert *c)
+{
+    size_t from = b->len;
+    bool is_ca = c->is_v1 || (c->has_basic && c->is_ca);
+    if (c->key.kind == KEY_NONE || b->over)
+        return false;
+    bb_put(b, (sl){ (uint8_t[4]){ 0, 0, is_ca, (uint8_t)c->key.kind }, 4 });
+    bb_block(b, c->subject);
+    bb_block(b, c->key.kind == KEY_RSA ? c->key.n : c->key.q);
+    bb_block(b, c->key.e);
+    bb_block(b, c->constraints);
+    if (b->over || b->len - from > 65535) {
+        b->over = false;
+        b->len = from;
+        return false;
+    }
+    b->p[from] = (uint8_t)((b->len - from - 2) >> 8);
+    b->p[from + 1] = (uint8_t)(b->len - from - 2);
+    return true;
+}
+
+/* Take a 2-byte length and that many bytes off *rest. */
+MUST_USE static bool block_take(sl *rest, sl *out)
+{
+    if (rest->len < 2 || be16(rest->p) > rest->len - 2)
+        return false;
+    *out = (sl){ rest->p + 2, be16(rest->p) };
+    *rest = sl_skip(*rest, 2 + out->len);
+    return true;
+}
+
+/* Take the next packed anchor off *rest. False at the end. */
+MUST_USE static bool anchor_take(sl *rest, struct anchor *a)
+{
+    sl body, key, e;
+    if (!block_take(rest, &body) || body.len < 2)
+        return false;
+    *a = (struct anchor){ .is_ca = body.p[0] == 1 };
+    a->key.kind = (enum key_kind)body.p[1];
+    body = sl_skip(body, 2);
+    if (!block_take(&body, &a->name) || !block_take(&body, &key)
+        || !block_take(&body, &e) || !block_take(&body, &a->constraints))
+        return false;
+    if (a->key.kind == KEY_RSA) {
+        a->key.n = key;
+        a->key.e = e;
+    } else {
+        a->key.q = key;
+    }
+    return true;
+}
+
+/* Whether the set holds an anchor of the same packed bytes. */
+static bool anchor_has(sl set, sl packed)
+{
+    sl body;
+    while (block_take(&set, &body))
+        if (sl_eq(body, sl_skip(packed, 2)))
+            return true;
+    return false;
+}
+
+/* ==== 13 FORMATS =================== PART I: PURE =====================
+ * Purpose  Small file and wire formats: hosts, resolv.conf, LiveKit key
+ *          files, protobuf of the SFU calls, HTTP and RFC 3339 times.
+ * Trust    Files are the operator's; HTTP fields and protobuf are peers'.
+ */
+
+/* Append the addresses of one family that a hosts file gives for name.
+ * Returns how many were stored, at most cap. */
+static size_t cf_hosts_find(sl text, sl name, bool v6, struct ip *out,
+    size_t cap)
+{
+    size_t cnt = 0;
+    if (sl_ends(name, SL(".")))
+        name.len--;
+    while (text.len && cnt < cap) {
+        size_t n = sl_find(text, '\n');
+        sl line = { text.p, n }, word;
+        text = sl_skip(text, n + 1);
+        line.len = sl_find(line, '#');
+        struct ip a;
+        if (!sl_word(&line, " \t\r", &word) || !ip_parse(word, &a)
+            || a.v6 != v6)
+            continue;
+        while (sl_word(&line, " \t\r", &word))
+            if (sl_ieq(word, name)) {
+                out[cnt++] = a;
+                break;
+            }
+    }
+    return cnt;
+}
+
+/* Whether a hosts file knows the name in either family. */
+static bool cf_hosts_has(sl text, sl name)
+{
+    struct ip a;
+    return cf_hosts_find(text, name, false, &a, 1)
+        + cf_hosts_find(text, name, true, &a, 1) > 0;
+}
+
+/* Read one `options` word of the form key:number, clamped. */
+static void cf_resolv_option(sl word, struct resolv *r)
+{
+    size_t cut = sl_find(word, ':');
+    sl key = { word.p, cut };
+    uint64_t v;
+    if (!sl_u64(sl_skip(word, cut + 1), 1000000, &v))
+        return;
+    if (sl_eq(key, SL("ndots")))
+        r->ndots = (uint8_t)(v > 15 ? 15 : v);
+    else if (sl_eq(key, SL("timeout")))
+        r->timeout_ms = (int32_t)(v < 1 ? 1 : v > 30 ? 30 : v) * 1000;
+    else if (sl_eq(key, SL("attempts")))
+        r->attempts = (uint8_t)(v < 1 ? 1 : v > 5 ? 5 : v);
+}
+
+/* Note a search list; the last `search` or `domain` line wins. */
+static void cf_resolv_search(sl line, struct resolv *r)
+{
+    sl word;
+    r->search_cnt = 0;
+    while (r->search_cnt < LIM_SEARCH_CNT && sl_word(&line, " \t\r", &word)) {
+        if (word.len > 253)
+            continue;
+        r->search[r->search_cnt].len = (uint8_t)word.len;
+        memcpy(r->search[r->search_cnt++].text, word.p, word.len);
+    }
+}
+
+/* Read resolv.conf text. Unknown lines and options are ignored, a
+ * nameserver with a zone (fe80::1%eth0) too. Without a nameserver the
+ * local one is asked, as resolv.conf(5) says. */
+static void cf_resolv_parse(sl text, struct resolv *r)
+{
+    *r = (struct resolv){ .ndots = 1, .attempts = 2, .timeout_ms = 1500 };
+    while (text.len) {
+        size_t n = sl_find(text, '\n');
+        sl line = { text.p, n }, word;
+        text = sl_skip(text, n + 1);
+        if (!sl_word(&line, " \t\r", &word) || strchr("#;", word.p[0]))
+            continue;
+        if (sl_eq(word, SL("search")) || sl_eq(word, SL("domain")))
+            cf_resolv_search(line, r);
+        else if (sl_eq(word, SL("options")))
+            while (sl_word(&line, " \t\r", &word))
+                cf_resolv_option(word, r);
+        else if (sl_eq(word, SL("nameserver"))
+                 && r->server_cnt < LIM_SERVER_CNT
+                 && sl_word(&line, " \t\r", &word)
+                 && ip_parse(word, &r->server[r->server_cnt].ip))
+            r->server[r->server_cnt++].port = 53;
+    }
+    if (r->server_cnt == 0)
+        r->server[r->server_cnt++] = (struct addr){
+            .ip = { .b = { 127, 0, 0, 1 } }, .port = 53 };
+}
+
+/* Parse `ip`, `ip:port` or `[v6]:port` with a default port. */
+MUST_USE static bool addr_parse(sl s_raw, uint16_t port, struct addr *out)
+{
+    struct name n;
+    out->port = port;
+    if (ip_parse(s_raw, &out->ip))
+        return true;
+    if (!name_parse(s_raw, &n) || !n.is_ip)
+        return false;
+    out->ip = n.ip;
+    if (n.port)
+        out->port = n.port;
+    return true;
+}
+
+/* One line of a LiveKit key file, `key: secret`. 1 a pair, 0 blank or a
+ * comment, -1 not exactly one `:` or an empty side. */
+MUST_USE static int cf_key_line(sl line, sl *key, sl *secret)
+{
+    line = sl_trim(line);
+    if (line.len == 0 || line.p[0] == '#')
+        return 0;
+    size_t cut = sl_find(line, ':');
+    *key = sl_trim((sl){ line.p, cut });
+    *secret = sl_trim(sl_skip(line, cut + 1));
+    return cut < line.len && key->len && secret->len
+        && sl_find(*secret, ':') == secret->len ? 1 : -1;
+}
+
+/* CreateRoomRequest: name 1, empty_timeout 2 = 300 s, departure_timeout
+ * 10 = 20 s (PROTOCOL section 11). The alias is HASH_NAME_LEN bytes. */
+static void pb_create_room(struct bb *b, sl alias)
+{
+    bb_byte(b, 0x0a);
+    bb_byte(b, (uint8_t)alias.len);
+    bb_put(b, alias);
+    bb_put(b, (sl){ (uint8_t[5]){ 0x10, 0xac, 0x02, 0x50, 0x14 }, 5 });
+}
+
+/* RoomParticipantIdentity: room 1, identity 2, both under 128 bytes. */
+static void pb_participant(struct bb *b, sl alias, sl identity)
+{
+    bb_byte(b, 0x0a);
+    bb_byte(b, (uint8_t)alias.len);
+    bb_put(b, alias);
+    bb_byte(b, 0x12);
+    bb_byte(b, (uint8_t)identity.len);
+    bb_put(b, identity);
+}
+
+struct civil { int64_t year; unsigned month, day, hour, min, sec, weekday; };
+
+/* Gregorian calendar of a unix time; weekday 0 is Sunday. */
+static struct civil civil_from(int64_t wall)
+{
+    int64_t days = wall / 86400, rem = wall % 86400;
+    if (rem < 0) {
+        rem += 86400;
+        days--;
+    }
+    struct civil c = { .hour = (unsigned)(rem / 3600),
+        .min = (unsigned)(rem / 60 % 60), .sec = (unsigned)(rem % 60),
+        .weekday = (unsigned)((days % 7 + 11) % 7) };
+    int64_t z = days + 719468, era = (z >= 0 ? z : z - 146096) / 146097;
+    unsigned doe = (unsigned)(z - era * 146097);
+    unsigned yoe = (doe - doe / 1460 + doe / 36524 - doe / 146096) / 365;
+    unsigned doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    unsigned mp = (5 * doy + 2) / 153;
+    c.day = doy - (153 * mp + 2) / 5 + 1;
+    c.month = mp < 10 ? mp + 3 : mp - 9;
+    c.year = (int64_t)yoe + era * 400 + (c.month <= 2);
+    return c;
+}
+
+static const char month_tab[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+
+static void bb_two(struct bb *b, unsigned v)
+{
+    bb_byte(b, (uint8_t)('0' + v / 10 % 10));
+    bb_byte(b, (uint8_t)('0' + v % 10));
+}
+
+/* Append hh:mm:ss. */
+static void bb_clock(struct bb *b, const struct civil *c)
+{
+    bb_two(b, c->hour);
+    bb_byte(b, ':');
+    bb_two(b, c->min);
+    bb_byte(b, ':');
+    bb_two(b, c->sec);
+}
+
+/* Append an IMF-fixdate (RFC 9110 section 5.6.7). */
+static void bb_http_date(struct bb *b, int64_t wall)
+{
+    static const char day_tab[] = "SunMonTueWedThuFriSat";
+    struct civil c = civil_from(wall);
+    bb_put(b, (sl){ (const uint8_t *)day_tab + 3 * c.weekday, 3 });
+    bb_str(b, ", ");
+    bb_two(b, c.day);
+    bb_byte(b, ' ');
+    bb_put(b, (sl){ (const uint8_t *)month_tab + 3 * (c.month - 1), 3 });
+    bb_byte(b, ' ');
+    bb_u64(b, (uint64_t)c.year);
+    bb_byte(b, ' ');
+    bb_clock(b, &c);
+    bb_str(b, " GMT");
+}
+
+/* Append an RFC 3339 UTC time with milliseconds. */
+static void bb_rfc3339(struct bb *b, int64_t wall_ms)
+{
+    struct civil c = civil_from(wall_ms / 1000);
+    unsigned ms = (unsigned)(wall_ms % 1000);
+    bb_u64(b, (uint64_t)c.year);
+    bb_byte(b, '-');
+    bb_two(b, c.month);
+    bb_byte(b, '-');
+    bb_two(b, c.day);
+    bb_byte(b, 'T');
+    bb_clock(b, &c);
+    bb_byte(b, '.');
+    bb_byte(b, (uint8_t)('0' + ms / 100));
+    bb_two(b, ms % 100);
+    bb_byte(b, 'Z');
+}
+
+/* Parse an IMF-fixdate; the obsolete forms count as malformed. */
+MUST_USE static bool http_date_parse(sl s_raw, int64_t *out)
+{
+    uint64_t day, year, hour, min, sec;
+    if (s_raw.len != 29 || !sl_ends(s_raw, SL(" GMT"))
+        || !sl_u64((sl){ s_raw.p + 5, 2 }, 31, &day)
+        || !sl_u64((sl){ s_raw.p + 12, 4 }, 9999, &year)
+        || !sl_u64((sl){ s_raw.p + 17, 2 }, 23, &hour)
+        || !sl_u64((sl){ s_raw.p + 20, 2 }, 59, &min)
+        || !sl_u64((sl){ s_raw.p + 23, 2 }, 60, &sec))
+        return false;
+    for (unsigned m = 0; m < 12; m++)
+        if (memcmp(s_raw.p + 8, month_tab + 3 * m, 3) == 0) {
+            *out = days_from_civil((int64_t)year, m + 1, (unsigned)day)
+                * 86400 + (int64_t)(hour * 3600 + min * 60 + sec);
+            return true;
+        }
+    return false;
+}
+
+/* Seconds a reply may be cached: max-age, else Expires, else `other`.
+ * no-store and no-cache count as 0; the caller clamps. */
+static int64_t cache_seconds(sl cache_control, sl expires, int64_t now_wall,
+    int64_t other)
+{
+    sl word;
+    while (sl_word(&cache_control, ", \t", &word)) {
+        uint64_t v;
+        size_t cut = sl_find(word, '=');
+        sl key = { word.p, cut };
+        if (sl_ieq(key, SL("no-store")) || sl_ieq(key, SL("no-cache")))
+            return 0;
+        if (sl_ieq(key, SL("max-age"))
+            && sl_u64(sl_skip(word, cut + 1), INT64_MAX, &v))
+            return (int64_t)v;
+    }
+    int64_t at;
+    if (expires.len == 0)
+        return other;
+    return http_date_parse(expires, &at) ? at - now_wall : 0;
+}
+
+/* Append s as a log value: controls, quote, backslash, DEL and bad UTF-8
+ * escaped, cut at 256 bytes. `json` uses JSON's escapes. */
+static void log_put_value(struct bb *b, sl s, bool json)
+{
+    size_t n;
+    bool cut = s.len > 256;
+    if (cut)
+        s.len = 256;
+    for (; s.len; s = sl_skip(s, n)) {
+        static const char hex[] = "0123456789abcdef";
+        static const char from[] = "\"\\\n\r\t", to[] = "\"\\nrt";
+        uint32_t cp = 0;
+        n = utf8_next(s, &cp);
+        uint8_t c = s.p[0];
+        const char *hit = n && c ? strchr(from, c) : NULL;
+        if (hit) {
+            bb_byte(b, '\\');
+            bb_byte(b, (uint8_t)to[hit - from]);
+        } else if (n == 0 || c < 0x20 || c == 0x7f
+                   || (cp >= 0x80 && cp < 0xa0)) {
+            n = n ? n : 1;
+            bb_str(b, json ? "\\u00" : "\\x");
+            if (n == 2)                      /* C1 control */
+                c = (uint8_t)cp;
+            bb_byte(b, (uint8_t)hex[c >> 4]);
+            bb_byte(b, (uint8_t)hex[c & 15]);
+        } else {
+            bb_put(b, (sl){ s.p, n });
+        }
+    }
+    if (cut)
+        bb_str(b, "...");
+}
+
+/* Append ` key=value` (logfmt, quoted when needed) or `,"key":"value"`. */
+static void log_put(struct bb *b, const char *key, sl value, bool json)
+{
+    bool plain = value.len > 0;
+    for (size_t i = 0; i < value.len; i++)
+        plain &= value.p[i] > 0x20 && value.p[i] < 0x7f
+            && value.p[i] != '"' && value.p[i] != '=' && value.p[i] != '\\';
+    bb_str(b, json ? ",\"" : " ");
+    bb_str(b, key);
+    bb_str(b, json ? "\":\"" : plain ? "=" : "=\"");
+    log_put_value(b, value, json);
+    bb_str(b, json || !plain ? "\"" : "");
+}
+
+/* ==== 14 METRICS =================== PART I: PURE =====================
+ * Purpose  The Prometheus text form (version 0.0.4) of given counters.
+ * INV-M1   Labels come from the tables here, never from a client.
+ */
+
+#define ROUTE_LABEL_TAB(X) \
+    X(GET_TOKEN, "/get_token") X(SFU_GET, "/sfu/get") \
+    X(HEALTHZ, "/healthz") X(METRICS, "/metrics") X(OTHER, "other")
+#define CODE_TAB(X) \
+    X(200) X(400) X(401) X(404) X(405) X(408) X(413) X(414) X(417) X(429) \
+    X(431) X(500) X(501) X(503) X(505)
+#define TARGET_TAB(X) \
+    X(WELL_KNOWN, "well_known") X(USERINFO, "userinfo") X(SFU, "sfu") \
+    X(DNS, "dns")
+#define GAUGE_TAB(X) \
+    X(CONNECTIONS, "lkjwt_connections", "Client connections open.") \
+    X(EXCHANGES, "lkjwt_exchanges", "Token requests in progress.") \
+    X(WAITING, "lkjwt_exchanges_waiting", \
+      "Token requests waiting for a lookup slot.") \
+    X(UPSTREAM, "lkjwt_upstream_calls", "Outbound calls in progress.") \
+    X(IDLE, "lkjwt_upstream_idle_connections", \
+      "Connections kept for reuse.") \
+    X(ANCHORS, "lkjwt_trust_anchors", "Trust anchors loaded.") \
+    X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
+
+enum route_label {
+#define X(name, text) RL_##name,
+    ROUTE_LABEL_TAB(X)
+#undef X
+    RL_CNT
+};
+enum target_label {
+#define X(name, text) TL_##name,
+    TARGET_TAB(X)
+#undef X
+    TL_CNT
+};
+enum gauge {
+#define X(name, label, help) GA_##name,
+    GAUGE_TAB(X)
+#undef X
+    GA_CNT
+};
+static const char *const route_label_tab[RL_CNT] = {
+#define X(name, text) [RL_##name] = text,
+    ROUTE_LABEL_TAB(X)
+#undef X
+};
+static const char *const target_label_tab[TL_CNT] = {
+#define X(name, text) [TL_##name] = text,
+    TARGET_TAB(X)
+#undef X
+};
+static const struct { const char *label, *help; } gauge_tab[GA_CNT] = {
+#define X(name, label, help) [GA_##name] = { label, help },
+    GAUGE_TAB(X)
+#undef X
+};
+static const uint16_t code_tab[] = {
+#define X(code) code,
+    CODE_TAB(X)
+#undef X
+};
+enum { CODE_CNT = COUNT_OF(code_tab), BUCKET_CNT = 10 };
+
+/* Upper bounds, microseconds; the last bucket is +Inf. */
+static const uint32_t bucket_tab[BUCKET_CNT] = { 1000, 5000, 10000, 25000,
+    100000, 250000, 1000000, 2500000, 10000000, UINT32_MAX };
+
+struct histogram {
+    uint64_t bucket[BUCKET_CNT], sum_us;
+};
+
+/* Everything counted. reused, resumed, handshakes describe the TLS pool. */
+struct met {
+    uint64_t event[EV_CNT];
+    uint64_t request[RL_CNT][CODE_CNT];
+    struct histogram request_time[RL_CNT];
+    uint64_t upstream[TL_CNT][2];          /* ok, error */
+    struct histogram upstream_time[TL_CNT];
+    uint64_t reused, resumed, handshakes, evicted, log_lost;
+    int64_t gauge[GA_CNT];
+    int64_t cpu_us, resident, start_ms;
+};
+
+static void met_observe(struct histogram *h, int64_t us)
+{
+    size_t i = 0;
+    while (i < BUCKET_CNT - 1 && us > (int64_t)bucket_tab[i])
+        i++;
+    h->bucket[i]++;
+    h->sum_us += (uint64_t)us;
+}
+
+static size_t met_code(unsigned code)
+{
+    for (size_t i = 0; i < CODE_CNT; i++)
+        if (code_tab[i] == code)
+            return i;
+    return 0;
+}
+
+static void met_head(struct bb *b, const char *name, const char *type,
+    const char *help)
+{
+    const char *part[] = { "# HELP ", name, " ", help, "\n# TYPE ", name,
+        " ", type, "\n" };
+    for (size_t i = 0; i < COUNT_OF(part); i++)
+        bb_str(b, part[i]);
+}
+
+static void met_line(struct bb *b, const char *name, const char *labels,
+    uint64_t v)
+{
+    bb_str(b, name);
+    bb_str(b, labels);
+    bb_byte(b, ' ');
+    bb_u64(b, v);
+    bb_byte(b, '\n');
+}
+
+/* Append microseconds as seconds, six decimals. */
+static void met_seconds(struct bb *b, uint64_t us)
+{
+    bb_u64(b, us / 1000000);
+    bb_byte(b, '.');
+    for (uint64_t div = 100000; div; div /= 10)
+        bb_byte(b, (uint8_t)('0' + us / div % 10));
+}
+
+static void met_histogram(struct bb *b, const char *name, const char *label,
+    const char *value, const struct histogram *h)
+{
+    char text[96];
+    uint64_t sum = 0;
+    for (size_t i = 0; i < BUCKET_CNT; i++) {
+        sum += h->bucket[i];
+        snprintf(text, sizeof text, "_bucket{%s=\"%s\",le=\"", label, value);
+        bb_str(b, name);
+        bb_str(b, text);
+        if (i + 1 < BUCKET_CNT)
+            met_seconds(b, bucket_tab[i]);
+        else
+            bb_str(b, "+Inf");
+        met_line(b, "", "\"}", sum);
+    }
+    snprintf(text, sizeof text, "{%s=\"%s\"}", label, value);
+    bb_str(b, name);
+    bb_str(b, "_sum");
+    bb_str(b, text);
+    bb_byte(b, ' ');
+    met_seconds(b, h->sum_us);
+    bb_byte(b, '\n');
+    bb_str(b, name);
+    met_line(b, "_count", text, sum);
+}
+
+static void met_put_requests(struct bb *b, const struct met *m)
+{
+    char text[96];
+    met_head(b, "lkjwt_http_requests_total", "counter",
+        "Requests answered, by route and status.");
+    for (size_t r = 0; r < RL_CNT; r++)
+        for (size_t i = 0; i < CODE_CNT; i++) {
+            if (m->request[r][i] == 0 && i > 2)
+                continue;
+            snprintf(text, sizeof text, "{route=\"%s\",code=\"%u\"}",
+                route_label_tab[r], code_tab[i]);
+            met_line(b, "lkjwt_http_requests_total", text, m->request[r][i]);
+        }
+    met_head(b, "lkjwt_http_request_duration_seconds", "histogram",
+        "From the complete head to the reply's last byte written.");
+    for (size_t r = 0; r <= RL_SFU_GET; r++)
+        met_histogram(b, "lkjwt_http_request_duration_seconds", "route",
+            route_label_tab[r], &m->request_time[r]);
+}
+
+static void met_put_upstream(struct bb *b, const struct met *m)
+{
+    char text[96];
+    met_head(b, "lkjwt_upstream_requests_total", "counter",
+        "Outbound calls and DNS questions, by target and result.");
+    for (size_t t = 0; t < TL_CNT; t++)
+        for (int ok = 1; ok >= 0; ok--) {
+            snprintf(text, sizeof text, "{target=\"%s\",result=\"%s\"}",
+                target_label_tab[t], ok ? "ok" : "error");
+            met_line(b, "lkjwt_upstream_requests_total", text,
+                m->upstream[t][ok ? 0 : 1]);
+        }
+    met_head(b, "lkjwt_upstream_duration_seconds", "histogram",
+        "Outbound calls and DNS questions, start to end.");
+    for (size_t t = 0; t < TL_CNT; t++)
+        met_histogram(b, "lkjwt_upstream_duration_seconds", "target",
+            target_label_tab[t], &m->upstream_time[t]);
+}
+
+/* Append the whole text. */
+static void met_put(struct bb *b, const struct met *m)
+{
+    static const struct { const char *name, *help; size_t at; } tab[] = {
+        { "lkjwt_upstream_reused_total",
+          "Calls on a kept connection.", offsetof(struct met, reused) },
+        { "lkjwt_tls_handshakes_total",
+          "TLS handshakes completed.", offsetof(struct met, handshakes) },
+        { "lkjwt_tls_resumed_total", "Of them by a resumed session.",
+          offsetof(struct met, resumed) },
+        { "lkjwt_cache_evicted_total", "Cache entries displaced while valid.",
+          offsetof(struct met, evicted) },
+        { "lkjwt_log_lost_total", "Log lines dropped: stderr was blocked.",
+          offsetof(struct met, log_lost) },
+    };
+    char text[96];
+    met_put_requests(b, m);
+    met_put_upstream(b, m);
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        met_head(b, tab[i].name, "counter", tab[i].help);
+        met_line(b, tab[i].name, "",
+            *(const uint64_t *)(const void *)((const uint8_t *)m
+                                              + tab[i].at));
+    }
+    met_head(b, "lkjwt_events_total", "counter",
+        "Events of the log's event table.");
+    for (size_t e = 1; e < EV_CNT; e++) {
+        snprintf(text, sizeof text, "{event=\"%s\"}", event_tab[e].label);
+        met_line(b, "lkjwt_events_total", text, m->event[e]);
+    }
+    for (size_t g = 0; g < GA_CNT; g++) {
+        met_head(b, gauge_tab[g].label, "gauge", gauge_tab[g].help);
+        met_line(b, gauge_tab[g].label, "", (uint64_t)m->gauge[g]);
+    }
+    met_head(b, "lkjwt_build_info", "gauge", "Always 1.");
+    met_line(b, "lkjwt_build_info{version=\"" LKJWT_VERSION "\"}", "", 1);
+    met_head(b, "process_cpu_seconds_total", "counter", "CPU time used.");
+    bb_str(b, "process_cpu_seconds_total ");
+    met_seconds(b, (uint64_t)m->cpu_us);
+    bb_byte(b, '\n');
+    met_head(b, "process_resident_memory_bytes", "gauge", "Resident memory.");
+    met_line(b, "process_resident_memory_bytes", "", (uint64_t)m->resident);
+    met_head(b, "process_start_time_seconds", "gauge", "Unix start time.");
+    met_line(b, "process_start_time_seconds", "",
+        (uint64_t)m->start_ms / 1000);
+}
+
+/* ---- what PART II sees of the world ---- */
+
+static struct cfg cfg;
+static struct met met;               /* what is counted (section 14) */
+
+/* The world, as PART II sees it. Times: ms of CLOCK_BOOTTIME unless _wall.
+ * Calls that return int give -errno on failure; EINTR is retried inside.
+ */
+static int64_t io_now(void);
+static int64_t io_now_us(void);
+static int64_t io_wall_ms(void);                 /* unix time */
+static void io_random(void *p, size_t len);
+static void io_usage(int64_t *cpu_us, int64_t *resident);
+static int io_accept(int listener);              /* fd */
+static int io_connect(const struct addr *a, const struct trust *t, bool udp);
+static int io_connected(int fd);                 /* 0, or why not */
+static ssize_t io_read(int fd, uint8_t *p, size_t len);
+static ssize_t io_write(int fd, sl s);
+static void io_shutdown(int fd);
+static void io_close(int *fd);
+static void io_log(sl line);
+static sl io_hosts(void);                        /* text of the file */
+static const struct resolv *io_resolv(void);
+
+/* The loop's table of what is watched: set after each step of an object.
+ * fd -1 watches the deadline alone; INT64_MAX is no deadline. */
+static void loop_set(enum kind kind, size_t idx, int fd, int events,
+    int64_t deadline);
+static void loop_wake(enum kind kind, size_t idx);
+
+/* ==== 14b LOG ================ shared by PART II and III ==============
+ * One event, one line: the row of the event table and key-value pairs.
+ */
+
+struct log_kv { const char *key; sl value; };
+#define KV(key, ...) { (key), __VA_ARGS__ }
+#define LOG(ev, ...) \
+    log_event((ev), (struct log_kv[]){ __VA_ARGS__, { NULL, { NULL, 0 } } })
+#define LOG0(ev) log_event((ev), (struct log_kv[]){ { NULL, { NULL, 0 } } })
+
+/* Lines of one event in the current second. */
+static struct log_quota { int64_t second; uint32_t cnt, lost; }
+    log_quota_tab[EV_CNT];
+
+/* Whether a line of this event may be written now. Request outcomes may
+ * fill 500 lines a second, others 10 (SECURITY section 4). */
+static bool log_allowed(enum event ev, int64_t second)
+{
+    struct log_quota *q = &log_quota_tab[ev];
+    uint16_t num = event_tab[ev].num;
+    uint32_t cap = num < 1100 ? 1000 : num < 9000 ? 500 : 10;
+    if (q->second != second) {
+        q->second = second;
+        q->cnt = 0;
+    }
+    if (q->cnt >= cap) {
+        q->lost++;
+        return false;
+    }
+    q->cnt++;
+    return true;
+}
+
+static const char *log_level_name(char level)
+{
+    return level == 'e' ? "error" : level == 'w' ? "warning"
+        : level == 'i' ? "info" : "debug";
+}
+
+static bool log_wanted(enum event ev)
+{
+    static const char order[] = "ewid";
+    return strchr(order, event_tab[ev].level)
+        <= strchr(order, cfg.log_level ? cfg.log_level : 'i');
+}
+
+/* Count an event and write its line. Pairs end at a NULL key; empty values
+ * are left out. */
+static void log_event(enum event ev, const struct log_kv *kv)
+{
+    static uint8_t text[2048];
+    const struct event_row *row = &event_tab[ev];
+    struct bb b = { text, 0, sizeof text - 8, false };
+    uint8_t num[20];
+    int64_t wall = io_wall_ms();
+    bool json = cfg.log_json;
+    met.event[ev]++;
+    if (!log_wanted(ev) || !log_allowed(ev, wall / 1000))
+        return;
+    bb_str(&b, json ? "{\"ts\":\"" : "ts=");
+    bb_rfc3339(&b, wall);
+    bb_str(&b, json ? "\"" : "");
+    log_put(&b, "level", sl_str(log_level_name(row->level)), json);
+    log_put(&b, "event", sl_str(row->label), json);
+    struct bb n = BB(num);
+    bb_u64(&n, row->num);
+    log_put(&b, "num", (sl){ num, n.len }, json);
+    log_put(&b, "msg", sl_str(row->text), json);
+    for (; kv->key; kv++)
+        if (kv->value.len) {
+            size_t before = b.len;
+            log_put(&b, kv->key, kv->value, json);
+            if (b.over) {             /* a line is never cut in a value */
+                b.over = false;
+                b.len = before;
+            }
+        }
+    if (log_quota_tab[ev].lost) {
+        n = BB(num);
+        bb_u64(&n, log_quota_tab[ev].lost);
+        log_put(&b, "suppressed", (sl){ num, n.len }, json);
+        log_quota_tab[ev].lost = 0;
+    }
+    b.cap = sizeof text;
+    bb_str(&b, json ? "}\n" : "\n");
+    io_log((sl){ b.p, b.len });
+}
+
+/* An assertion that is never compiled out. No peer input may fail one. */
+#define must(cond) ((cond) ? (void)0 : must_fail(#cond))
+
+static _Noreturn void must_fail(const char *what)
+{
+    LOG(EV_BUG_MUST, KV("cond", sl_str(what)));
+    _exit(70);
+}
+
+/* Text of small values for log lines; each call site names its buffer. */
+static sl text_u64(uint8_t buf[20], uint64_t v)
+{
+    struct bb b = { buf, 0, 20, false };
+    bb_u64(&b, v);
+    return (sl){ buf, b.len };
+}
+
+static sl text_addr(uint8_t buf[64], const struct addr *a)
+{
+    struct bb b = { buf, 0, 64, false };
+    bb_ip(&b, &a->ip, a->port);
+    return (sl){ buf, b.len };
+}
+
+/* ==== 15 RESOLVER ================== PART II: MACHINES ================
+ * Purpose  Addresses and SRV records of a name: hosts file, cache, DNS.
+ * Trust    Nameservers are the operator's; their answers are not trusted
+ *          beyond the question asked (section 09 judges them).
+ * Limits   LIM_QUERY_CNT, LIM_DNSCACHE_CNT, LIM_DNS_MS.
+ * INV-R1   A question in flight has exactly one pending cache entry; equal
+ *          questions share it.
+ *
+ * row state      waits for  limit            success  failure, timeout
+ * R1  Q_UDP      POLLIN     resolv timeout   done     next server, else done
+ *                                            R2 when the answer is cut
+ * R2  Q_TCP_DIAL POLLOUT    resolv timeout   R3       next server, else done
+ * R3  Q_TCP_RECV POLLIN     resolv timeout   done     next server, else done
+ * done: the cache entry gets the result, waiters are woken, slot is free
+ */
+
+enum query_state { Q_FREE, Q_UDP, Q_TCP_DIAL, Q_TCP_RECV };
+
+/* One question in flight.
+ * owner:    query_pool
+ * lifetime: res_start to res_finish */
+struct query {
+    enum query_state state;
+    int fd;
+    uint16_t id, type;
+    uint16_t entry;            /* cache slot that waits */
+    uint8_t name_len, name[LIM_HOST_LEN];   /* asked now, along CNAMEs */
+    uint8_t hops, tries;
+    int64_t try_end, end, begin_us;
+    uint32_t ttl;
+    size_t got;
+    uint8_t buf[2 + LIM_DNS_LEN];           /* TCP assembly */
+};
+static struct query query_pool[LIM_QUERY_CNT];
+
+enum entry_state { ENTRY_FREE, ENTRY_PENDING, ENTRY_OK, ENTRY_NONE,
+    ENTRY_FAILED };
+
+/* One cached answer; all zero is free. Data of an older success stays
+ * behind a failure for stale use. */
+struct dns_entry {
+    uint8_t key[16];           /* of SHA-256(type, name) */
+    uint8_t state;
+    uint8_t rec_cnt;
+    uint16_t data_len;
+    int64_t until, stale_until;
+    uint8_t data[LIM_DNSDATA_LEN];
+};
+static struct dns_entry dns_cache[LIM_DNSCACHE_CNT];
+
+enum res { RES_WAIT, RES_OK, RES_NONE, RES_FAILED };
+
+static void res_wake_waiters(void);
+static enum step query_step(size_t idx, int revents, int64_t now);
+
+static void query_watch(size_t idx)
+{
+    const struct query *q = &query_pool[idx];
+    int want = q->state == Q_TCP_DIAL ? POLLOUT : POLLIN;
+    int64_t end = q->try_end < q->end ? q->try_end : q->end;
+    loop_set(KIND_QUERY, idx, q->fd, want, end);
+}
+
+/* End a question: write the result into its entry, wake who waits. */
+static void res_finish(size_t idx, enum entry_state result,
+    const struct dns_answer *a, int64_t now)
+{
+    struct query *q = &query_pool[idx];
+    struct dns_entry *e = &dns_cache[q->entry];
+    int64_t ttl = q->ttl;
+    if (result == ENTRY_OK) {
+        ttl = ttl < 5 ? 5 : ttl > 3600 ? 3600 : ttl;
+        e->rec_cnt = a->rec_cnt;
+        e->data_len = a->data_len;
+        memcpy(e->data, a->data, a->data_len);
+        e->stale_until = now + (ttl + 3600) * 1000;
+    } else {
+        ttl = result == ENTRY_FAILED || ttl < 5 ? 5 : ttl > 60 ? 60 : ttl;
+    }
+    e->state = (uint8_t)result;
+    e->until = now + ttl * 1000;
+    met.upstream[TL_DNS][result == ENTRY_FAILED]++;
+    met_observe(&met.upstream_time[TL_DNS], io_now_us() - q->begin_us);
+    io_close(&q->fd);
+    q->state = Q_FREE;
+    loop_set(KIND_QUERY, idx, -1, 0, INT64_MAX);
+    res_wake_waiters();
+}
+
+/* Ask the next server, or give up after all rounds. */
+static void res_ask(size_t idx, int64_t now)
+{
+    static const struct trust trust = { CLASS_OPERATOR, true };
+    const struct resolv *r = io_resolv();
+    struct query *q = &query_pool[idx];
+    uint8_t pkt[12 + LIM_HOST_LEN + 6];
+    struct bb b = BB(pkt);
+    io_close(&q->fd);
+    while (q->tries < r->attempts * r->server_cnt && now < q->end) {
+        const struct addr *server = &r->server[q->tries++ % r->server_cnt];
+        io_random(&q->id, sizeof q->id);
+        b.len = 0;
+        if (!dns_build(&b, q->id, (sl){ q->name, q->name_len }, q->type))
+            break;
+        q->fd = io_connect(server, &trust, true);
+        if (q->fd >= 0 && io_write(q->fd, (sl){ pkt, b.len })
+            == (ssize_t)b.len) {
+            q->state = Q_UDP;
+            q->try_end = now + r->timeout_ms;
+            query_watch(idx);
+            return;
+        }
+        io_close(&q->fd);
+    }
+    res_finish(idx, ENTRY_FAILED, NULL, now);
+}
+
+/* Repeat the question by TCP at the server that cut its answer. */
+static void res_ask_tcp(size_t idx, int64_t now)
+{
+    static const struct trust trust = { CLASS_OPERATOR, true };
+    const struct resolv *r = io_resolv();
+    struct query *q = &query_pool[idx];
+    io_close(&q->fd);
+    q->fd = io_connect(&r->server[(q->tries - 1) % r->server_cnt], &trust,
+        false);
+    if (q->fd < 0) {
+        res_ask(idx, now);
+        return;
+    }
+    q->state = Q_TCP_DIAL;
+    q->got = 0;
+    q->try_end = now + r->timeout_ms;
+    query_watch(idx);
+}
+
+/* Use one packet. */
+static void res_answer(size_t idx, sl pkt_raw, int64_t now)
+{
+    static struct dns_answer a;
+    struct query *q = &query_pool[idx];
+    int got = dns_parse(pkt_raw, q->id, (sl){ q->name, q->name_len },
+        q->type, &a);
+    if (got == 0) {
+        if (q->state != Q_UDP)
+            res_ask(idx, now);        /* TCP cannot bring a stranger's */
+        return;
+    }
+    if (got < 0)
+        LOG(EV_DNS_BAD, KV("name", ((sl){ q->name, q->name_len })));
+    if (got < 0 || (a.rcode != 0 && a.rcode != 3)) {
+        res_ask(idx, now);
+        return;
+    }
+    if (a.is_cut) {
+        if (q->state == Q_UDP)
+            res_ask_tcp(idx, now);
+        else
+            res_ask(idx, now);
+        return;
+    }
+    if (a.ttl < q->ttl)
+        q->ttl = a.ttl;
+    if (a.has_more && q->hops < LIM_CNAME_CNT) {
+        q->hops++;
+        q->name_len = a.cname_len;
+        memcpy(q->name, a.cname, a.cname_len);
+        q->tries = 0;
+        res_ask(idx, now);
+        return;
+    }
+    res_finish(idx, a.rec_cnt ? ENTRY_OK : ENTRY_NONE, &a, now);
+}
+
+/* Move at most one packet on. */
+static enum step query_step(size_t idx, int revents, int64_t now)
+{
+    struct query *q = &query_pool[idx];
+    static uint8_t pkt[LIM_DNS_LEN];
+    ssize_t n;
+    if (now >= q->try_end || now >= q->end) {
+        res_ask(idx, now);
+        return STEP_WAIT;
+    }
+    if (!revents)
+        return STEP_WAIT;
+    switch (q->state) {
+    case Q_FREE:
+        return STEP_WAIT;
+    case Q_UDP:
+        n = io_read(q->fd, pkt, sizeof pkt);
+        if (n == -EAGAIN)
+            return STEP_WAIT;
+        if (n < 0)
+            res_ask(idx, now);
+        else
+            res_answer(idx, (sl){ pkt, (size_t)n }, now);
+        return STEP_WAIT;
+    case Q_TCP_DIAL: {
+        struct bb b = { pkt + 2, 0, sizeof pkt - 2, false };
+        bool ok = io_connected(q->fd) == 0
+            && dns_build(&b, q->id, (sl){ q->name, q->name_len }, q->type);
+        pkt[0] = (uint8_t)(b.len >> 8);
+        pkt[1] = (uint8_t)b.len;
+        if (!ok || io_write(q->fd, (sl){ pkt, b.len + 2 })
+            != (ssize_t)b.len + 2) {
+            res_ask(idx, now);
+            return STEP_WAIT;
+        }
+        q->state = Q_TCP_RECV;
+        query_watch(idx);
+        return STEP_WAIT;
+    }
+    case Q_TCP_RECV:
+        n = io_read(q->fd, q->buf + q->got, sizeof q->buf - q->got);
+        if (n == -EAGAIN)
+            return STEP_WAIT;
+        q->got += n > 0 ? (size_t)n : 0;
+        size_t len = q->got < 2 ? sizeof q->buf : 2U + be16(q->buf);
+        if (q->got >= len)
+            res_answer(idx, (sl){ q->buf + 2, len - 2 }, now);
+        else if (n <= 0 || len > sizeof q->buf)
+            res_ask(idx, now);
+        return STEP_WAIT;
+    }
+    return STEP_WAIT;                 /* unreachable: all named above */
+}
+
+/* The cache slot of a key: its own, else the one to replace. NULL if all
+ * four candidates are pending. */
+static struct dns_entry *res_slot(const uint8_t key[16], int64_t now)
+{
+    size_t set = be16(key) % (LIM_DNSCACHE_CNT / 4) * 4;
+    struct dns_entry *best = NULL;
+    for (size_t i = 0; i < 4; i++) {
+        struct dns_entry *e = &dns_cache[set + i];
+        if (e->state != ENTRY_FREE && memcmp(e->key, key, 16) == 0)
+            return e;
+        if (e->state != ENTRY_PENDING && (!best || e->until < best->until))
+            best = e;
+    }
+    if (best && best->state != ENTRY_FREE && best->until > now)
+        met.evicted++;
+    if (best) {
+        memset(best, 0, offsetof(struct dns_entry, data));
+        memcpy(best->key, key, 16);
+    }
+    return best;
+}
+
+/* Look one exact name up in cache or DNS.
+ * Returns RES_WAIT: waiters of res_wake_waiters are woken later. */
+static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
+    const struct dns_entry **out)
+{
+    uint8_t lower[LIM_HOST_LEN], sum[32];
+    if (name.len > 253)
+        return RES_NONE;
+    for (size_t i = 0; i < name.len; i++)
+        lower[i] = ascii_lower(name.p[i]);
+    sl part[2] = { { lower, name.len },
+        { (uint8_t[1]){ (uint8_t)type }, 1 } };
+    hash_parts(part, 2, sum);
+    struct dns_entry *e = res_slot(sum, now);
+    *out = e;
+    if (e && e->state == ENTRY_PENDING)
+        return RES_WAIT;
+    if (e && e->state != ENTRY_FREE && e->until > now) {
+        if (e->state == ENTRY_OK)
+            return RES_OK;
+        if (e->state == ENTRY_NONE)
+            return RES_NONE;
+        return stale_ok && e->rec_cnt && e->stale_until > now ? RES_OK
+            : RES_FAILED;
+    }
+    size_t idx = 0;
+    while (idx < LIM_QUERY_CNT && query_pool[idx].state != Q_FREE)
+        idx++;
+    if (!e || idx == LIM_QUERY_CNT) {
+        LOG(EV_DNS_FULL, KV("name", name));
+        return RES_FAILED;
+    }
+    struct query *q = &query_pool[idx];
+    memset(q, 0, offsetof(struct query, buf));
+    q->fd = -1;
+    q->state = Q_UDP;
+    q->type = type;
+    q->entry = (uint16_t)(e - dns_cache);
+    q->ttl = UINT32_MAX;
+    q->name_len = (uint8_t)name.len;
+    memcpy(q->name, lower, name.len);
+    q->end = now + LIM_DNS_MS;
+    q->begin_us = io_now_us();
+    e->state = ENTRY_PENDING;
+    res_ask(idx, now);
+    return e->state == ENTRY_PENDING ? RES_WAIT : RES_FAILED;
+}
+
+/* Look a name up, with the search list of resolv.conf when `search` (names
+ * of the operator; a client's name is taken as it is). Each candidate's
+ * answer is cached, so a later call goes through the same list again. */
+static enum res res_lookup(sl name, uint16_t type, bool search, int64_t now,
+    const struct dns_entry **out)
+{
+    const struct resolv *r = io_resolv();
+    uint8_t text[2 * LIM_HOST_LEN];
+    unsigned dots = 0;
+    enum res got = RES_NONE, worst = RES_NONE;
+    if (sl_ends(name, SL("."))) {
+        search = false;
+        name.len--;
+    }
+    for (size_t i = 0; i < name.len; i++)
+        dots += name.p[i] == '.';
+    if (!search)
+        return res_exact(name, type, false, now, out);
+    bool first = dots >= r->ndots;
+    for (int k = first ? -1 : 0; k <= r->search_cnt; k++) {
+        if (k == r->search_cnt && first)
+            break;
+        struct bb b = BB(text);
+        bb_put(&b, name);
+        if (k >= 0 && k < r->search_cnt) {
+            bb_byte(&b, '.');
+            bb_put(&b, (sl){ r->search[k].text, r->search[k].len });
+        }
+        got = res_exact((sl){ text, b.len }, type, true, now, out);
+        if (got == RES_WAIT || got == RES_OK)
+            return got;
+        if (got == RES_FAILED)
+            worst = RES_FAILED;
+    }
+    return worst;
+}
+
+/* Addresses of a host, families alternating, IPv6 first.
+ * search    as res_lookup; also says that stale addresses may serve
+ * *first_at when the first family answered (0: not yet), so that the other
+ *           is waited for LIM_RESOLUTION_MS only (RFC 8305 section 3)
+ * Returns   RES_WAIT with *first_at set: call again by then, too. */
+static enum res res_addresses(sl host, bool search, int64_t now,
+    int64_t *first_at, struct ip out[LIM_TRY_CNT], size_t *cnt)
+{
+    struct ip list[2][LIM_TRY_CNT];
+    size_t have[2] = { 0, 0 };
+    enum res got[2] = { RES_NONE, RES_NONE };
+    sl hosts = io_hosts();
+    bool in_hosts = cf_hosts_has(hosts, host);
+    for (int v6 = 0; v6 < 2; v6++) {
+        const struct dns_entry *e;
+        size_t size = v6 ? 16 : 4;
+        if (in_hosts) {
+            have[v6] = cf_hosts_find(hosts, host, v6, list[v6], LIM_TRY_CNT);
+            got[v6] = have[v6] ? RES_OK : RES_NONE;
+            continue;
+        }
+        got[v6] = res_lookup(host, v6 ? DNS_AAAA : DNS_A, search, now, &e);
+        for (size_t i = 0; got[v6] == RES_OK && i < e->rec_cnt
+             && i < LIM_TRY_CNT; i++) {
+            list[v6][i] = (struct ip){ .v6 = v6 };
+            memcpy(list[v6][i].b, e->data + i * size, size);
+            have[v6]++;
+        }
+    }
+    bool any_ok = have[0] + have[1] > 0;
+    if (got[0] == RES_WAIT || got[1] == RES_WAIT) {
+        if (any_ok && *first_at == 0)
+            *first_at = now;
+        if (!any_ok || now < *first_at + LIM_RESOLUTION_MS)
+            return RES_WAIT;
+    }
+    *cnt = 0;
+    for (size_t i = 0; i < LIM_TRY_CNT; i++)
+        for (int v6 = 1; v6 >= 0; v6--)
+            if (i < have[v6] && *cnt < LIM_TRY_CNT)
+                out[(*cnt)++] = list[v6][i];
+    if (*cnt)
+        return RES_OK;
+    return got[0] == RES_FAILED || got[1] == RES_FAILED ? RES_FAILED
+        : RES_NONE;
+}
+
+/* ==== 16 TLS ======================= PART II: MACHINES ================
+ * Purpose  BearSSL as a TLS 1.2 client: set-up, certificate judgement,
+ *          session and signature caches, connections and their reuse.
+ * Trust    None before a certificate is accepted; then the peer is who its
+ *          name says, and still may send anything.
+ * Limits   LIM_CHAN_CNT, LIM_IDLE_CNT, LIM_HS_CNT, LIM_CHAIN_*, LIM_PATH_CNT,
+ *          LIM_SIG_CNT, LIM_SIGCACHE_CNT, LIM_SESSION_*.
+ * INV-S1   A resumed session has the host, port, certificate name and
+ *          trust mode of the handshake that verified it.
+ * INV-S2   Every engine is seeded by io_random before its reset.
+ *
+ * BearSSL's signature callbacks carry no context, so the handshake being
+ * judged stands in hs_now, set in hs_end_chain only.
+ */
+
+/* Trust anchors in force: packed anchors, and the set being built. */
+static struct anchors {
+    size_t len;
+    unsigned cnt, skipped;
+    uint8_t data[LIM_ANCHOR_LEN];
+} anchor_set[2];
+static unsigned anchor_now;
+
+/* Add the certificates of PEM text to a set.
+ * Returns how many are new, or -1: damaged block or set full. */
+MUST_USE static int anchors_add_pem(struct anchors *set, sl text)
+{
+    static uint8_t work[16384];
+    int added = 0, got;
+    sl der;
+    while ((got = pem_parse(&text, work, sizeof work, &der)) > 0) {
+        struct cert c;
+        struct bb b = { set->data, set->len, sizeof set->data, false };
+        size_t from = b.len;
+        if (!cert_parse(der, true, &c) || c.key.kind == KEY_NONE) {
+            set->skipped++;
+            continue;
+        }
+        if (set->cnt == LIM_ANCHOR_CNT || !anchor_put(&b, &c))
+            return -1;
+        if (anchor_has((sl){ set->data, set->len },
+                       (sl){ b.p + from, b.len - from }))
+            continue;
+        set->len = b.len;
+        set->cnt++;
+        added++;
+    }
+    return got < 0 ? -1 : added;
+}
+
+/* Add packed anchors, those of the binary. */
+static void anchors_add_packed(struct anchors *set, sl packed)
+{
+    sl rest = packed, body;
+    while (block_take(&rest, &body) && set->cnt < LIM_ANCHOR_CNT) {
+        sl whole = { body.p - 2, body.len + 2 };
+        if (anchor_has((sl){ set->data, set->len }, whole)
+            || whole.len > sizeof set->data - set->len)
+            continue;
+        memcpy(set->data + set->len, whole.p, whole.len);
+        set->len += whole.len;
+        set->cnt++;
+    }
+}
+
+/* One handshake: the peer's chain, and BearSSL's judge.
+ * owner:    hs_pool; the channel it serves
+ * lifetime: chan_start_tls to the end of the handshake */
+struct hs {
+    const br_x509_class *vtable;     /* first: BearSSL casts to it */
+    bool used, bad, is_insecure, is_verified;
+    enum event why;
+    struct name peer;                /* host borrows from the up */
+    size_t cnt, len, end[LIM_CHAIN_CNT];
+    unsigned sig_cnt;
+    int64_t not_after;
+    br_x509_pkey pkey;
+    br_x509_minimal_context minimal;
+    uint8_t der[LIM_CHAIN_LEN];
+};
+static struct hs hs_pool[LIM_HS_CNT];
+static struct hs *hs_now;
+
+/* Verified signatures: 4-way sets keyed by a keyed digest. */
+static struct { uint8_t key[32], hash[64]; } sig_cache[LIM_SIGCACHE_CNT];
+static unsigned sig_clock;
+static uint8_t sec_boot[32];         /* keys the caches of this process */
+
+/* The cached hash of a digest, or NULL. */
+static const uint8_t *sig_find(const uint8_t key[32])
+{
+    size_t set = be16(key) % (LIM_SIGCACHE_CNT / 4) * 4;
+    for (size_t i = set; i < set + 4; i++)
+        if (memcmp(sig_cache[i].key, key, 32) == 0)
+            return sig_cache[i].hash;
+    return NULL;
+}
+
+static void sig_store(const uint8_t key[32], const void *hash, size_t len)
+{
+    size_t at = be16(key) % (LIM_SIGCACHE_CNT / 4) * 4 + sig_clock++ % 4;
+    memcpy(sig_cache[at].key, key, 32);
+    memcpy(sig_cache[at].hash, hash, len);
+}
+
+/* ECDSA check for br_x509_minimal: cached successes, LIM_SIG_CNT others. */
+static uint32_t tls_ecdsa_vrfy(const br_ec_impl *impl, const void *hash,
+    size_t hash_len, const br_ec_public_key *pk, const void *sig,
+    size_t sig_len)
+{
+    uint8_t key[32], head[3] = { 1, (uint8_t)pk->curve, (uint8_t)hash_len };
+    sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->q, pk->qlen },
+        { sig, sig_len }, { hash, hash_len } };
+    hash_parts(part, COUNT_OF(part), key);
+    if (sig_find(key))
+        return 1;
+    if (++hs_now->sig_cnt > LIM_SIG_CNT || !br_ecdsa_vrfy_asn1_get_default()(
+            impl, hash, hash_len, pk, sig, sig_len))
+        return 0;
+    sig_store(key, hash, hash_len);
+    return 1;
+}
+
+/* RSA check: gives the signed hash, which the library compares. */
+static uint32_t tls_rsa_vrfy(const unsigned char *x, size_t xlen,
+    const unsigned char *oid, size_t hash_len, const br_rsa_public_key *pk,
+    unsigned char *hash_out)
+{
+    uint8_t key[32], head[3] = { 2, 0, (uint8_t)hash_len };
+    sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->n, pk->nlen },
+        { pk->e, pk->elen }, { x, xlen }, { oid, oid[0] + 1U } };
+    const uint8_t *hit;
+    hash_parts(part, COUNT_OF(part), key);
+    hit = sig_find(key);
+    if (hit) {
+        memcpy(hash_out, hit, hash_len);
+        return 1;
+    }
+    if (++hs_now->sig_cnt > LIM_SIG_CNT
+        || !br_rsa_pkcs1_vrfy_get_default()(x, xlen, oid, hash_len, pk,
+                                            hash_out))
+        return 0;
+    sig_store(key, hash_out, hash_len);
+    return 1;
+}
+
+/* Elliptic curves without P-521, whose arithmetic costs 10 ms a check. */
+static const br_ec_impl *tls_ec(void)
+{
+    static br_ec_impl ec;
+    if (!ec.supported_curves) {
+        ec = *br_ec_get_default();
+        ec.supported_curves &= ~((uint32_t)1 << BR_EC_secp521r1);
+    }
+    return &ec;
+}
+
+static br_x509_pkey tls_pkey(const struct pub_key *k)
+{
+    br_x509_pkey out = { .key_type = BR_KEYTYPE_EC };
+    if (k->kind == KEY_RSA) {
+        out.key_type = BR_KEYTYPE_RSA;
+        out.key.rsa = (br_rsa_public_key){ (uint8_t *)(uintptr_t)k->n.p,
+            k->n.len, (uint8_t *)(uintptr_t)k->e.p, k->e.len };
+    } else {
+        out.key.ec = (br_ec_public_key){
+            k->kind == KEY_P256 ? BR_EC_secp256r1 : BR_EC_secp384r1,
+            (uint8_t *)(uintptr_t)k->q.p, k->q.len };
+    }
+    return out;
+}
+
+/* Order the chain: path[0] is the leaf, each next one the first unused
+ * certificate that bears the issuer's name. Returns the length. */
+static size_t hs_path(const struct cert *c, size_t cnt,
+    size_t path[LIM_PATH_CNT])
+{
+    bool used[LIM_CHAIN_CNT] = { true };
+    size_t n = 1;
+    path[0] = 0;
+    while (n < LIM_PATH_CNT) {
+        const struct cert *cur = &c[path[n - 1]];
+        size_t j = 1;
+        while (j < cnt && (used[j] || c[j].key.kind == KEY_NONE
+                           || !sl_eq(c[j].subject, cur->issuer)
+                           || sl_eq(c[j].subject, c[j].issuer)))
+            j++;
+        if (j >= cnt)
+            break;
+        used[j] = true;
+        path[n++] = j;
+    }
+    return n;
+}
+
+/* Collect the anchors that could end the path; their constraints bind the
+ * leaf. Returns false when one refuses. */
+MUST_USE static bool hs_anchors(const struct hs *h, const struct cert *c,
+    const size_t *path, size_t path_cnt, br_x509_trust_anchor ta[16],
+    size_t *ta_cnt)
+{
+    const struct anchors *set = &anchor_set[anchor_now];
+    sl rest = { set->data, set->len };
+    struct anchor a;
+    *ta_cnt = 0;
+    while (*ta_cnt < 16 && anchor_take(&rest, &a)) {
+        bool fits = !a.is_ca && sl_eq(a.name, c[0].subject);
+        for (size_t i = 0; a.is_ca && i < path_cnt; i++)
+            fits |= sl_eq(a.name, c[path[i]].issuer);
+        if (!fits)
+            continue;
+        if (!cert_keeps_to(&c[0], a.constraints, &h->peer))
+            return false;
+        ta[(*ta_cnt)++] = (br_x509_trust_anchor){
+            .dn = { (uint8_t *)(uintptr_t)a.name.p, a.name.len },
+            .flags = a.is_ca ? BR_X509_TA_CA : 0,
+            .pkey = tls_pkey(&a.key) };
+    }
+    return true;
+}
+
+/* Whether the leaf's key is itself an anchor: then it may be a CA. */
+static bool hs_is_anchor(const struct cert *leaf)
+{
+    const struct anchors *set = &anchor_set[anchor_now];
+    sl rest = { set->data, set->len };
+    struct anchor a;
+    while (anchor_take(&rest, &a))
+        if (a.key.kind == leaf->key.kind && sl_eq(a.key.n, leaf->key.n)
+            && sl_eq(a.key.q, leaf->key.q) && sl_eq(a.name, leaf->subject))
+            return true;
+    return false;
+}
+
+/* BearSSL's own verdict on the path. Returns 0 or a BR_ERR_X509_*. */
+static unsigned hs_minimal(struct hs *h, const struct cert *c,
+    const size_t *path, size_t path_cnt, const br_x509_trust_anchor *ta,
+    size_t ta_cnt)
+{
+    br_x509_minimal_context *m = &h->minimal;
+    int64_t wall = io_wall_ms() / 1000;
+    br_x509_minimal_init(m, &br_sha256_vtable, ta, ta_cnt);
+    br_x509_minimal_set_hash(m, br_sha256_ID, &br_sha256_vtable);
+    br_x509_minimal_set_hash(m, br_sha384_ID, &br_sha384_vtable);
+    br_x509_minimal_set_hash(m, br_sha512_ID, &br_sha512_vtable);
+    br_x509_minimal_set_rsa(m, tls_rsa_vrfy);
+    br_x509_minimal_set_ecdsa(m, tls_ec(), tls_ecdsa_vrfy);
+    br_x509_minimal_set_minrsa(m, 256);
+    br_x509_minimal_set_time(m, (uint32_t)(wall / 86400 + 719528),
+        (uint32_t)(wall % 86400));
+    m->vtable->start_chain(&m->vtable, NULL);
+    for (size_t i = 0; i < path_cnt; i++) {
+        sl der = c[path[i]].der;
+        m->vtable->start_cert(&m->vtable, (uint32_t)der.len);
+        m->vtable->append(&m->vtable, der.p, der.len);
+        m->vtable->end_cert(&m->vtable);
+    }
+    return m->vtable->end_chain(&m->vtable);
+}
+
+static enum event hs_event(unsigned err)
+{
+    switch (err) {
+    case BR_ERR_X509_EXPIRED: return EV_TLS_EXPIRED;
+    case BR_ERR_X509_NOT_TRUSTED:
+    case BR_ERR_X509_DN_MISMATCH: return EV_TLS_UNTRUSTED;
+    case BR_ERR_X509_BAD_SIGNATURE:
+    case BR_ERR_X509_UNSUPPORTED:
+    case BR_ERR_X509_WEAK_PUBLIC_KEY:
+    case BR_ERR_X509_WRONG_KEY_TYPE: return EV_TLS_SIGNATURE;
+    default: return EV_TLS_CHAIN;
+    }
+}
+
+/* Judge the collected chain (SECURITY section 5, steps 2 to 6).
+ * GRANTS: that the peer is who it was dialled as.
+ * Returns EV_NONE or the reason to refuse. */
+static enum event hs_judge(struct hs *h)
+{
+    struct cert c[LIM_CHAIN_CNT];
+    br_x509_trust_anchor ta[16];
+    size_t path[LIM_PATH_CNT], ta_cnt, from = 0;
+    if (h->bad || h->cnt == 0)
+        return EV_TLS_CHAIN;
+    for (size_t i = 0; i < h->cnt; i++) {
+        sl der = { h->der + from, h->end[i] - from };
+        from = h->end[i];
+        if (!cert_parse(der, false, &c[i]))
+            c[i].key.kind = KEY_NONE;     /* no part of any path */
+    }
+    if (c[0].key.kind == KEY_NONE)
+        return EV_TLS_CHAIN;
+    h->pkey = tls_pkey(&c[0].key);
+    h->not_after = c[0].not_after;
+    if (h->is_insecure)
+        return EV_NONE;
+    if ((c[0].has_ext_usage && !c[0].is_server)
+        || (c[0].has_usage && !c[0].can_sign))
+        return EV_TLS_USAGE;
+    if (c[0].is_ca && !hs_is_anchor(&c[0]))
+        return EV_TLS_USAGE;
+    if (!cert_names_peer(&c[0], &h->peer))
+        return EV_TLS_NAME;
+    size_t path_cnt = hs_path(c, h->cnt, path);
+    for (size_t i = 1; i < path_cnt; i++) {
+        if (c[path[i]].has_ext_usage && !c[path[i]].is_server)
+            return EV_TLS_USAGE;
+        if (!cert_keeps_to(&c[0], c[path[i]].constraints, &h->peer))
+            return EV_TLS_CONSTRAINT;
+    }
+    if (!hs_anchors(h, c, path, path_cnt, ta, &ta_cnt))
+        return EV_TLS_CONSTRAINT;
+    unsigned err = hs_minimal(h, c, path, path_cnt, ta, ta_cnt);
+    return err ? hs_event(err) : EV_NONE;
+}
+
+static struct hs *hs_of(const br_x509_class **ctx)
+{
+    return (struct hs *)(void *)ctx;
+}
+
+static void hs_start_chain(const br_x509_class **ctx, const char *name)
+{
+    struct hs *h = hs_of(ctx);
+    (void)name;                      /* h->peer says it, IPs included */
+    h->cnt = h->len = 0;
+    h->sig_cnt = 0;
+    h->bad = h->is_verified = false;
+}
+
+static void hs_start_cert(const br_x509_class **ctx, uint32_t len)
+{
+    struct hs *h = hs_of(ctx);
+    if (h->cnt == LIM_CHAIN_CNT || len > sizeof h->der - h->len)
+        h->bad = true;
+}
+
+static void hs_append(const br_x509_class **ctx, const unsigned char *p,
+    size_t len)
+{
+    struct hs *h = hs_of(ctx);
+    if (h->bad || len > sizeof h->der - h->len) {
+        h->bad = true;
+        return;
+    }
+    memcpy(h->der + h->len, p, len);
+    h->len += len;
+}
+
+static void hs_end_cert(const br_x509_class **ctx)
+{
+    struct hs *h = hs_of(ctx);
+    if (!h->bad)
+        h->end[h->cnt++] = h->len;
+}
+
+static unsigned hs_end_chain(const br_x509_class **ctx)
+{
+    hs_now = hs_of(ctx);
+    hs_now->why = hs_judge(hs_now);
+    hs_now->is_verified = hs_now->why == EV_NONE;
+    return hs_now->is_verified ? 0 : BR_ERR_X509_NOT_TRUSTED;
+}
+
+static const br_x509_pkey *hs_get_pkey(const br_x509_class *const *ctx,
+    unsigned *usages)
+{
+    const struct hs *h = (const struct hs *)(const void *)ctx;
+    if (usages)
+        *usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+    return h->is_verified ? &h->pkey : NULL;
+}
+
+static const br_x509_class hs_class = {
+    sizeof(struct hs), hs_start_chain, hs_start_cert, hs_append, hs_end_cert,
+    hs_end_chain, hs_get_pkey
+};
+
+/* Resumable sessions, 4-way sets. */
+static struct session {
+    uint8_t key[16];
+    int64_t until_wall;
+    br_ssl_session_parameters params;
+} session_cache[LIM_SESSION_CNT];
+
+static struct session *session_slot(const uint8_t key[16])
+{
+    size_t set = be16(key) % (LIM_SESSION_CNT / 4) * 4;
+    struct session *best = &session_cache[set];
+    for (size_t i = 0; i < 4; i++) {
+        struct session *s = &session_cache[set + i];
+        if (s->until_wall && memcmp(s->key, key, 16) == 0)
+            return s;
+        if (s->until_wall < best->until_wall)
+            best = s;
+    }
+    return best;
+}
+
+/* A connection to a peer, in use by one call or kept idle.
+ * owner:    chan_pool; only chan_close() closes fd
+ * lifetime: chan_open to chan_close */
+enum chan_state { CHAN_FREE, CHAN_BUSY, CHAN_IDLE };
+static struct chan {
+    enum chan_state state;
+    int fd;
+    bool is_tls, is_up;                 /* is_up: handshake complete */
+    struct hs *hs;                      /* while it lasts */
+    uint8_t key[16];                    /* destination, see chan_key */
+    struct addr addr;
+    int64_t idle_until;
+    size_t out_off, out_len;            /* plain: what chan_io holds */
+} chan_pool[LIM_CHAN_CNT];
+static br_ssl_client_context chan_tls[LIM_CHAN_CNT];
+static uint8_t chan_io[LIM_CHAN_CNT][BR_SSL_BUFSIZE_MONO];
+
+static void up_wake_tls_waiters(void);
+
+/* The key under which a connection and its session may be used again. */
+static void chan_key(sl host, uint16_t port, sl cert_name, bool is_tls,
+    uint8_t out[16])
+{
+    uint8_t sum[32];
+    uint8_t tail[3] = { (uint8_t)(port >> 8), (uint8_t)port,
+        (uint8_t)(is_tls ? cfg.insecure ? 2 : 1 : 0) };
+    sl part[] = { { sec_boot, 32 }, host, cert_name, { tail, 3 } };
+    hash_parts(part, COUNT_OF(part), sum);
+    memcpy(out, sum, 16);
+}
+
+static void chan_close(struct chan *ch)
+{
+    if (ch->state == CHAN_FREE)
+        return;
+    loop_set(KIND_CHAN, (size_t)(ch - chan_pool), -1, 0, INT64_MAX);
+    io_close(&ch->fd);
+    if (ch->hs) {
+        ch->hs->used = false;
+        ch->hs = NULL;
+        up_wake_tls_waiters();
+    }
+    ch->state = CHAN_FREE;
+}
+
+/* Keep a connection for the next call, the oldest idle one making room. */
+static void chan_keep(struct chan *ch, int64_t now)
+{
+    struct chan *oldest = NULL;
+    size_t idle = 0;
+    for (size_t i = 0; i < LIM_CHAN_CNT; i++)
+        if (chan_pool[i].state == CHAN_IDLE) {
+            idle++;
+            if (!oldest || chan_pool[i].idle_until < oldest->idle_until)
+                oldest = &chan_pool[i];
+        }
+    if (idle >= LIM_IDLE_CNT)
+        chan_close(oldest);
+    ch->state = CHAN_IDLE;
+    ch->idle_until = now + LIM_KEPT_MS;
+    loop_set(KIND_CHAN, (size_t)(ch - chan_pool), ch->fd, POLLIN,
+        ch->idle_until);
+}
+
+/* An idle connection: bytes, an end or an error mean it is of no use. */
+static enum step chan_step(size_t idx, int revents, int64_t now)
+{
+    struct chan *ch = &chan_pool[idx];
+    if (ch->state == CHAN_IDLE && (revents || now >= ch->idle_until))
+        chan_close(ch);
+    return STEP_WAIT;
+}
+
+/* Take a kept connection of this key, or NULL. The newest is the least
+ * likely to be closed by the peer. */
+static struct chan *chan_reuse(const uint8_t key[16])
+{
+    struct chan *best = NULL;
+    for (size_t i = 0; i < LIM_CHAN_CNT; i++) {
+        struct chan *ch = &chan_pool[i];
+        if (ch->state == CHAN_IDLE && memcmp(ch->key, key, 16) == 0
+            && (!best || ch->idle_until > best->idle_until))
+            best = ch;
+    }
+    if (best) {
+        best->state = CHAN_BUSY;
+        loop_set(KIND_CHAN, (size_t)(best - chan_pool), -1, 0, INT64_MAX);
+        met.reused++;
+    }
+    return best;
+}
+
+/* Make a connection object of a connected socket; NULL: none free. */
+static struct chan *chan_open(int fd, const struct addr *a,
+    const uint8_t key[16])
+{
+    size_t i = 0;
+    while (i < LIM_CHAN_CNT && chan_pool[i].state != CHAN_FREE)
+        i++;
+    if (i == LIM_CHAN_CNT)
+        return NULL;
+    chan_pool[i] = (struct chan){ .state = CHAN_BUSY, .fd = fd, .addr = *a };
+    memcpy(chan_pool[i].key, key, 16);
+    return &chan_pool[i];
+}
+
+static struct hs *hs_take(void)
+{
+    for (size_t i = 0; i < LIM_HS_CNT; i++)
+        if (!hs_pool[i].used) {
+            hs_pool[i].used = true;
+            return &hs_pool[i];
+        }
+    return NULL;
+}
+
+/* The profile of SECURITY section 5. */
+static void tls_profile(br_ssl_client_context *cc)
+{
+    static const uint16_t suite[] = {
+        BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+        BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+        BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+        BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    };
+    static const char *alpn[] = { "http/1.1" };
+    br_ssl_engine_context *eng = &cc->eng;
+    br_ssl_client_zero(cc);
+    br_ssl_engine_set_versions(eng, BR_TLS12, BR_TLS12);
+    br_ssl_engine_set_suites(eng, suite, COUNT_OF(suite));
+    br_ssl_engine_set_default_rsavrfy(eng);
+    br_ssl_engine_set_default_ecdsa(eng);
+    br_ssl_engine_set_ec(eng, tls_ec());
+    br_ssl_engine_set_hash(eng, br_sha256_ID, &br_sha256_vtable);
+    br_ssl_engine_set_hash(eng, br_sha384_ID, &br_sha384_vtable);
+    br_ssl_engine_set_hash(eng, br_sha512_ID, &br_sha512_vtable);
+    br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
+    br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
+    br_ssl_engine_set_default_aes_gcm(eng);
+    br_ssl_engine_set_default_chapol(eng);
+    br_ssl_engine_set_protocol_names(eng, alpn, 1);
+    br_ssl_engine_add_flags(eng, BR_OPT_NO_RENEGOTIATION);
+}
+
+/* Begin a handshake on a connected channel, offering a cached session.
+ * h was taken by hs_take and belongs to the channel from here on; the
+ * peer's host must outlive the handshake. */
+MUST_USE static bool chan_start_tls(struct chan *ch, struct hs *h,
+    const struct name *peer)
+{
+    size_t idx = (size_t)(ch - chan_pool);
+    br_ssl_client_context *cc = &chan_tls[idx];
+    const struct session *s = session_slot(ch->key);
+    bool resume = s->until_wall > io_wall_ms() / 1000
+        && memcmp(s->key, ch->key, 16) == 0;
+    uint8_t seed[32];
+    char sni[LIM_HOST_LEN + 1];
+    ch->is_tls = true;
+    ch->hs = h;
+    h->vtable = &hs_class;
+    h->why = EV_NONE;
+    h->is_insecure = cfg.insecure;
+    h->is_verified = h->bad = false;
+    h->peer = *peer;
+    tls_profile(cc);
+    br_ssl_engine_set_x509(&cc->eng, &h->vtable);
+    br_ssl_engine_set_buffer(&cc->eng, chan_io[idx], BR_SSL_BUFSIZE_MONO, 0);
+    io_random(seed, sizeof seed);
+    br_ssl_engine_inject_entropy(&cc->eng, seed, sizeof seed);
+    wipe(seed, sizeof seed);
+    if (resume)
+        br_ssl_engine_set_session_parameters(&cc->eng, &s->params);
+    sl host = peer->host;
+    if (sl_ends(host, SL(".")))
+        host.len--;
+    memcpy(sni, host.p, host.len);
+    sni[host.len] = 0;
+    return br_ssl_client_reset(cc, peer->is_ip ? NULL : sni, resume);
+}
+
+/* The handshake is complete: remember the session, free the judge. */
+static void chan_tls_up(struct chan *ch)
+{
+    br_ssl_client_context *cc = &chan_tls[ch - chan_pool];
+    int64_t wall = io_wall_ms() / 1000, until = wall + LIM_SESSION_S;
+    met.handshakes++;
+    if (ch->hs->is_verified) {
+        struct session *s = session_slot(ch->key);
+        if (!ch->hs->is_insecure && ch->hs->not_after < until)
+            until = ch->hs->not_after;
+        memcpy(s->key, ch->key, 16);
+        s->until_wall = until;
+        br_ssl_engine_get_session_parameters(&cc->eng, &s->params);
+        if (s->params.session_id_len == 0)
+            s->until_wall = 0;
+    } else {
+        met.resumed++;
+    }
+    br_ssl_engine_set_x509(&cc->eng, NULL);
+    ch->hs->used = false;
+    ch->hs = NULL;
+    ch->is_up = true;
+    up_wake_tls_waiters();
+}
+
+/* Move bytes between socket and engine: all that wait to be sent, and at
+ * most `records` records in.
+ * Returns 0 moved what could be, -EAGAIN nothing to do now, -ECONNRESET
+ *         the connection is of no use (engine closed, socket gone). */
+MUST_USE static int tls_pump(struct chan *ch, int records)
+{
+    br_ssl_engine_context *eng = &chan_tls[ch - chan_pool].eng;
+    for (;;) {
+        unsigned st = br_ssl_engine_current_state(eng);
+        size_t len;
+        ssize_t n;
+        if (st & BR_SSL_CLOSED)
+            return -ECONNRESET;
+        if (st & BR_SSL_SENDREC) {
+            uint8_t *p = br_ssl_engine_sendrec_buf(eng, &len);
+            n = io_write(ch->fd, (sl){ p, len });
+            if (n < 0)
+                return n == -EAGAIN ? -EAGAIN : -ECONNRESET;
+            br_ssl_engine_sendrec_ack(eng, (size_t)n);
+            continue;
+        }
+        if (st & BR_SSL_RECVAPP || !(st & BR_SSL_RECVREC) || records-- == 0)
+            return 0;
+        uint8_t *p = br_ssl_engine_recvrec_buf(eng, &len);
+        n = io_read(ch->fd, p, len);
+        if (n <= 0)
+            return n == -EAGAIN ? -EAGAIN : -ECONNRESET;
+        br_ssl_engine_recvrec_ack(eng, (size_t)n);
+        if (ch->hs && ch->hs->bad)       /* a chain over its limits */
+            return -ECONNRESET;
+    }
+}
+
+/* Why a handshake failed. */
+static enum event chan_tls_why(const struct chan *ch)
+{
+    int err = br_ssl_engine_last_error(&chan_tls[ch - chan_pool].eng);
+    if (ch->hs && ch->hs->bad)
+        return EV_TLS_CHAIN;
+    if (ch->hs && ch->hs->why != EV_NONE)
+        return ch->hs->why;
+    if (err == BR_ERR_RECV_FATAL_ALERT + BR_ALERT_PROTOCOL_VERSION
+        || err == BR_ERR_UNSUPPORTED_VERSION)
+        return EV_TLS_VERSION;
+    if (err == BR_ERR_RECV_FATAL_ALERT + BR_ALERT_HANDSHAKE_FAILURE)
+        return EV_TLS_REFUSED;
+    return err == BR_ERR_OK ? EV_TLS_CLOSED : EV_TLS_FAILED;
+}
+
+/* Hand over a whole request. False: it does not fit the engine or buffer. */
+MUST_USE static bool chan_put(struct chan *ch, sl request)
+{
+    size_t idx = (size_t)(ch - chan_pool), len;
+    if (!ch->is_tls) {
+        if (request.len > sizeof chan_io[idx])
+            return false;
+        memcpy(chan_io[idx], request.p, request.len);
+        ch->out_off = 0;
+        ch->out_len = request.len;
+        return true;
+    }
+    br_ssl_engine_context *eng = &chan_tls[idx].eng;
+    uint8_t *p = br_ssl_engine_sendapp_buf(eng, &len);
+    if (!p || request.len > len)
+        return false;
+    memcpy(p, request.p, request.len);
+    br_ssl_engine_sendapp_ack(eng, request.len);
+    br_ssl_engine_flush(eng, 0);
+    return true;
+}
+
+/* Push pending bytes out. Returns 0 all gone, -EAGAIN, -ECONNRESET. */
+MUST_USE static int chan_flush(struct chan *ch)
+{
+    size_t idx = (size_t)(ch - chan_pool);
+    if (ch->is_tls) {
+        int err = tls_pump(ch, 0);
+        return err ? err : 0;
+    }
+    while (ch->out_off < ch->out_len) {
+        ssize_t n = io_write(ch->fd, (sl){ chan_io[idx] + ch->out_off,
+            ch->out_len - ch->out_off });
+        if (n < 0)
+            return n == -EAGAIN ? -EAGAIN : -ECONNRESET;
+        ch->out_off += (size_t)n;
+    }
+    return 0;
+}
+
+/* Read application bytes.
+ * Returns >0, 0 a clean end (TLS: close_notify), -EAGAIN, -ECONNRESET. */
+MUST_USE static ssize_t chan_read(struct chan *ch, uint8_t *p, size_t cap)
+{
+    if (!ch->is_tls) {
+        ssize_t n = io_read(ch->fd, p, cap);
+        return n >= 0 || n == -EAGAIN ? n : -ECONNRESET;
+    }
+    br_ssl_engine_context *eng = &chan_tls[ch - chan_pool].eng;
+    int err = tls_pump(ch, 16);
+    size_t len;
+    if (br_ssl_engine_current_state(eng) & BR_SSL_RECVAPP) {
+        const uint8_t *from = br_ssl_engine_recvapp_buf(eng, &len);
+        len = len < cap ? len : cap;
+        memcpy(p, from, len);
+        br_ssl_engine_recvapp_ack(eng, len);
+        return (ssize_t)len;
+    }
+    if (err == 0)
+        return -EAGAIN;
+    return err == -ECONNRESET && br_ssl_engine_last_error(eng) == BR_ERR_OK
+        && (br_ssl_engine_current_state(eng) & BR_SSL_CLOSED) ? 0 : err;
+}
+
+/* ==== 17 UPSTREAM ================== PART II: MACHINES ================
+ * Purpose  One HTTP call to a peer: resolve, dial, TLS, send, receive.
+ * Trust    Replies are unchecked bytes; section 08 judges the framing.
+ * Limits   LIM_UP_*, LIM_TRY_CNT, LIM_REPLY_*, the stage deadlines.
+ * INV-U1   why is set exactly in UP_FAILED.
+ * INV-U2   A request is repeated only if it went out on a kept connection
+ *          that died before a reply byte, and then once.
+ *
+ * row state        waits for          limit    success   failure, timeout
+ * U1  UP_RESOLVE   waiter's wake      5 s      U2        U8
+ * U2  UP_DIAL      a try's POLLOUT    5 s      U3 or U5  next try, U8
+ * U3  UP_TLS_SLOT  waiter's wake      call     U4        U8
+ * U4  UP_TLS       engine's wish      5 s      U5        U2 (next try), U8
+ * U5  UP_SEND      POLLOUT            10 s     U6        U8, U1 when kept
+ * U6  UP_RECV      POLLIN             10 s     U7        U8, U1 when kept
+ * U7  UP_DONE      -                  -        the owner reads and closes
+ * U8  UP_FAILED    -                  -        the owner reads and closes
+ * A kept connection enters at U5. The call's own deadline bounds all.
+ */
+
+/* Whether a connection to this address is allowed (SECURITY section 3).
+ * io_connect asks it for the very sockaddr it connects. */
+static bool net_allowed(const struct addr *a, const struct trust *t)
+{
+    const char *name;
+    struct ip plain = ip_unwrap(a->ip);
+    enum range range = ip_range(a->ip, &name);
+    if (a->port == 0 || range == RANGE_N)
+        return false;
+    if (t->class == CLASS_OPERATOR || range == RANGE_PUBLIC
+        || (range == RANGE_P && t->private_ok))
+        return true;
+    for (size_t i = 0; i < cfg.network_cnt; i++)
+        if (ip_in(&plain, &cfg.network[i]) || ip_in(&a->ip, &cfg.network[i]))
+            return true;
+    return false;
+}
+
+enum up_state { UP_FREE, UP_RESOLVE, UP_DIAL, UP_TLS_SLOT, UP_TLS, UP_SEND,
+    UP_RECV, UP_DONE, UP_FAILED };
+
+/* Decoding of one message body into a buffer, or a big one when it grows.
+ * All zero before its use; big is index + 1. */
+struct intake {
+    struct h1_body body;
+    struct h1_chunk chunk;
+    uint64_t left;
+    size_t len, limit;       /* decoded so far; above limit: refused */
+    uint8_t big;
+    bool is_done;
+};
+static bool big_used[LIM_BIG_CNT];
+static uint8_t big_pool[LIM_BIG_CNT][LIM_BIG_LEN];
+
+/* Lowest free big buffer as index + 1, or 0. */
+static uint8_t big_take(void)
+{
+    for (size_t i = 0; i < LIM_BIG_CNT; i++)
+        if (!big_used[i]) {
+            big_used[i] = true;
+            return (uint8_t)(i + 1);
+        }
+    return 0;
+}
+
+static void big_free(uint8_t *big)
+{
+    if (*big)
+        big_used[*big - 1] = false;
+    *big = 0;
+}
+
+static void intake_start(struct intake *t, struct h1_body body, size_t limit)
+{
+    *t = (struct intake){ .body = body, .left = body.len, .limit = limit,
+        .is_done = body.kind == H1_NONE
+            || (body.kind == H1_LENGTH && body.len == 0) };
+}
+
+/* The next run of body data at the front of raw. Returns as
+ * h1_parse_chunk. */
+MUST_USE static int intake_decode(struct intake *t, sl raw, sl *data)
+{
+    if (t->body.kind == H1_CHUNKED) {
+        int n = h1_parse_chunk(raw, &t->chunk, data);
+        t->is_done = t->chunk.state == CHUNK_END;
+        return n;
+    }
+    *data = raw;
+    if (t->body.kind == H1_LENGTH) {
+        if (data->len > t->left)
+            data->len = (size_t)t->left;
+        t->left -= data->len;
+        t->is_done = t->left == 0;
+    }
+    return (int)data->len;
+}
+
+/* Decode what has arrived. buf[from..*len) holds the body so far (unless it
+ * lies in a big buffer), then raw bytes; afterwards only the body, then
+ * bytes of a next message.
+ * Returns 0 (see is_done), -EV_BODY_LIMIT, -EV_BODY_POOL, -EV_H1_*. */
+MUST_USE static int intake_take(struct intake *t, uint8_t *buf, size_t from,
+    size_t cap, size_t *len)
+{
+    size_t at = from + (t->big ? 0 : t->len), begin = at;
+    while (!t->is_done && at < *len) {
+        sl data;
+        int n = intake_decode(t, (sl){ buf + at, *len - at }, &data);
+        if (n < 0)
+            return n;
+        if (data.len > t->limit - t->len)
+            return -EV_BODY_LIMIT;
+        uint8_t *to = t->big ? big_pool[t->big - 1] : buf + from;
+        memmove(to + t->len, data.p, data.len);
+        t->len += data.len;
+        at += (size_t)n;
+    }
+    begin = from + (t->big ? 0 : t->len);
+    memmove(buf + begin, buf + at, *len - at);
+    *len -= at - begin;
+    if (t->is_done || t->big || *len < cap)
+        return 0;
+    t->big = big_take();
+    if (!t->big)
+        return -EV_BODY_POOL;
+    memcpy(big_pool[t->big - 1], buf + from, t->len);
+    *len = from;
+    return 0;
+}
+
+static uint8_t *intake_body(const struct intake *t, uint8_t *buf, size_t from)
+{
+    return t->big ? big_pool[t->big - 1] : buf + from;
+}
+
+/* What a call is: set by its owner, unchanged afterwards. */
+struct up_call {
+    enum kind owner;
+    uint16_t owner_idx;
+    enum target_label label;
+    struct trust trust;
+    bool is_tls, search;     /* search: resolv.conf's list may be used */
+    bool is_get;             /* a redirect may be followed by the owner */
+    sl host;                 /* to resolve and dial; IPv6 in brackets */
+    uint16_t port;
+    sl cert_name;            /* for SNI and certificate */
+    size_t reply_cap;
+    int64_t end;             /* deadline of the call, absolute */
+    void (*build)(uint16_t owner_idx, struct bb *b);    /* the request */
+};
+
+/* One call in progress.
+ * owner:    up_pool; the owner object closes it with up_close()
+ * lifetime: up_open to up_close */
+struct up {
+    enum up_state state;
+    struct up_call call;
+    uint8_t host[LIM_HOST_LEN + 2], cert[LIM_HOST_LEN + 2];
+    struct name peer;
+    uint8_t key[16];
+    enum event why;
+    const char *step;        /* where it failed: address connect tls http */
+    int detail;              /* errno or BearSSL error, 0 none */
+    struct addr addr;        /* last address dialled */
+    bool has_addr, is_denied, is_kept, is_retried;
+    struct addr try_addr[LIM_TRY_CNT];
+    int try_fd[LIM_TRY_CNT];
+    size_t try_cnt, try_next;
+    int64_t first_at, stage_end, stagger_at, begin_us;
+    struct chan *chan;
+    struct h1_head head;
+    size_t head_len, in_len;
+    unsigned interim_cnt;
+    struct intake intake;
+};
+static struct up up_pool[LIM_UP_CNT + LIM_SFU_CNT];
+static uint8_t up_in[LIM_UP_CNT + LIM_SFU_CNT][LIM_REPLY_IN];
+
+static void lookup_wake_srv(void);
+
+static void res_wake_waiters(void)
+{
+    for (size_t i = 0; i < COUNT_OF(up_pool); i++)
+        if (up_pool[i].state == UP_RESOLVE)
+            loop_wake(KIND_UP, i);
+    lookup_wake_srv();
+}
+
+static void up_wake_tls_waiters(void)
+{
+    for (size_t i = 0; i < COUNT_OF(up_pool); i++)
+        if (up_pool[i].state == UP_TLS_SLOT)
+            loop_wake(KIND_UP, i);
+}
+
+/* The reply of a finished call. */
+static uint8_t *up_body(struct up *u)
+{
+    return intake_body(&u->intake, up_in[u - up_pool], u->head_len);
+}
+
+static sl up_field(const struct up *u, enum h1_field f)
+{
+    return h1_get((sl){ up_in[u - up_pool], u->head_len }, &u->head, f);
+}
+
+/* Close all tries but the one at `keep` (LIM_TRY_CNT: all). */
+static void up_drop_tries(struct up *u, size_t keep)
+{
+    for (size_t k = 0; k < LIM_TRY_CNT; k++)
+        if (k != keep && u->try_fd[k] >= 0) {
+            loop_set(KIND_TRY, (size_t)(u - up_pool) * LIM_TRY_CNT + k, -1,
+                0, INT64_MAX);
+            io_close(&u->try_fd[k]);
+        }
+}
+
+/* Watch what the state waits for. */
+static void up_watch(struct up *u)
+{
+    size_t idx = (size_t)(u - up_pool);
+    int64_t end = u->stage_end < u->call.end ? u->stage_end : u->call.end;
+    int fd = u->chan ? u->chan->fd : -1, want = 0;
+    switch (u->state) {
+    case UP_FREE:
+    case UP_DONE:
+    case UP_FAILED:
+        fd = -1;
+        end = INT64_MAX;
+        break;
+    case UP_RESOLVE:
+        if (u->first_at && u->first_at + LIM_RESOLUTION_MS < end)
+            end = u->first_at + LIM_RESOLUTION_MS;
+        break;
+    case UP_DIAL:
+        if (u->try_next < u->try_cnt && u->stagger_at < end)
+            end = u->stagger_at;
+        break;
+    case UP_TLS_SLOT:
+        end = u->call.end;
+        break;
+    case UP_TLS:
+        want = br_ssl_engine_current_state(
+            &chan_tls[u->chan - chan_pool].eng) & BR_SSL_SENDREC
+            ? POLLOUT : POLLIN;
+        break;
+    case UP_SEND:
+        want = POLLOUT;
+        break;
+    case UP_RECV:
+        want = POLLIN;
+        break;
+    }
+    loop_set(KIND_UP, idx, fd, want, end);
+}
+
+static void up_end(struct up *u, enum up_state state)
+{
+    up_drop_tries(u, LIM_TRY_CNT);
+    u->state = state;
+    up_watch(u);
+    met.upstream[u->call.label][state == UP_FAILED]++;
+    met_observe(&met.upstream_time[u->call.label],
+        io_now_us() - u->begin_us);
+    loop_wake(u->call.owner, u->call.owner_idx);
+}
+
+static void up_fail(struct up *u, enum event why, const char *step, int detail)
+{
+    if (u->chan)
+        loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
+    if (u->chan)
+        chan_close(u->chan);
+    u->chan = NULL;
+    u->why = why;
+    u->step = step;
+    u->detail = detail;
+    up_end(u, UP_FAILED);
+}
+
+static void up_start_tries(struct up *u, int64_t now);
+static void up_send(struct up *u, int64_t now);
+
+/* Begin, on a kept connection when there is one. */
+static void up_begin(struct up *u, int64_t now)
+{
+    struct chan *kept = u->is_retried ? NULL : chan_reuse(u->key);
+    u->head = (struct h1_head){ 0 };
+    u->head_len = u->in_len = 0;
+    u->interim_cnt = 0;
+    u->intake = (struct intake){ 0 };
+    if (kept) {
+        u->chan = kept;
+        u->addr = kept->addr;
+        u->has_addr = u->is_kept = true;
+        up_send(u, now);
+        return;
+    }
+    u->is_kept = false;
+    u->first_at = 0;
+    u->try_cnt = u->try_next = 0;
+    u->state = UP_RESOLVE;
+    u->stage_end = now + LIM_DNS_MS;
+    loop_wake(KIND_UP, (size_t)(u - up_pool));
+    up_watch(u);
+}
+
+/* Open a call in the slots [from, to). Returns NULL when none is free. The
+ * owner is woken when the call is done or failed. */
+static struct up *up_open(const struct up_call *call, size_t from, size_t to,
+    int64_t now)
+{
+    size_t i = from;
+    while (i < to && up_pool[i].state != UP_FREE)
+        i++;
+    if (i == to || call->host.len > LIM_HOST_LEN
+        || call->cert_name.len > LIM_HOST_LEN)
+        return NULL;
+    struct up *u = &up_pool[i];
+    memset(u, 0, sizeof *u);
+    u->call = *call;
+    memcpy(u->host, call->host.p, call->host.len);
+    memcpy(u->cert, call->cert_name.p, call->cert_name.len);
+    u->call.host = (sl){ u->host, call->host.len };
+    u->call.cert_name = (sl){ u->cert, call->cert_name.len };
+    for (size_t k = 0; k < LIM_TRY_CNT; k++)
+        u->try_fd[k] = -1;
+    if (!host_parse(u->call.cert_name, true, &u->peer))
+        u->peer = (struct name){ .host = u->call.cert_name };
+    chan_key(u->call.host, call->port, u->call.cert_name, call->is_tls,
+        u->key);
+    u->begin_us = io_now_us();
+    met.gauge[GA_UPSTREAM]++;
+    up_begin(u, now);
+    return u;
+}
+
+/* Free a call; a connection whose reply ended cleanly is kept. */
+static void up_close(struct up *u, int64_t now)
+{
+    if (u->state == UP_FREE)
+        return;
+    up_drop_tries(u, LIM_TRY_CNT);
+    loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
+    if (u->chan) {
+        bool clean = u->state == UP_DONE && h1_keeps(&u->head)
+            && u->intake.body.kind != H1_CLOSE
+            && u->in_len == u->head_len + (u->intake.big ? 0 : u->intake.len);
+        if (clean)
+            chan_keep(u->chan, now);
+        else
+            chan_close(u->chan);
+    }
+    u->chan = NULL;
+    big_free(&u->intake.big);
+    u->state = UP_FREE;
+    met.gauge[GA_UPSTREAM]--;
+}
+
+static void up_step_resolve(struct up *u, int64_t now)
+{
+    struct ip list[LIM_TRY_CNT];
+    struct name n;
+    enum res got = RES_OK;
+    size_t cnt = 1;
+    if (name_parse(u->call.host, &n) && n.is_ip)
+        list[0] = n.ip;
+    else
+        got = res_addresses(u->call.host, u->call.search, now, &u->first_at,
+            list, &cnt);
+    if (got == RES_WAIT) {
+        up_watch(u);
+        return;
+    }
+    if (got != RES_OK) {
+        up_fail(u, got == RES_FAILED ? EV_DNS_FAILED : EV_DNS_NONE,
+            "address", 0);
+        return;
+    }
+    for (size_t i = 0; i < cnt; i++)
+        u->try_addr[i] = (struct addr){ list[i], u->call.port };
+    u->try_cnt = cnt;
+    u->state = UP_DIAL;
+    u->stage_end = now + LIM_CONNECT_MS;
+    u->is_denied = true;
+    up_start_tries(u, now);
+}
+
+/* A denied address: say which range, and how to allow it. */
+static void up_log_denied(const struct up *u, const struct addr *a)
+{
+    const char *range;
+    uint8_t text[64], hint[96];
+    struct bb b = BB(hint);
+    (void)ip_range(a->ip, &range);
+    bb_str(&b, "LKJWT_ALLOW_NETWORKS=");
+    struct bb ip = BB(text);
+    bb_ip(&ip, &a->ip, 0);
+    sl bare = { text, ip.len };
+    if (a->ip.v6)
+        bare = (sl){ text + 1, ip.len - 2 };
+    bb_put(&b, bare);
+    LOG(EV_SSRF_DENIED, KV("host", u->call.host), KV("addr", bare),
+        KV("range", sl_str(range)), KV("allow", ((sl){ hint, b.len })));
+}
+
+/* Start the next connection attempts: one now, another whenever
+ * LIM_STAGGER_MS pass without success (RFC 8305 section 5). */
+static void up_start_tries(struct up *u, int64_t now)
+{
+    size_t pending = 0, idx = (size_t)(u - up_pool);
+    for (size_t k = 0; k < LIM_TRY_CNT; k++)
+        pending += u->try_fd[k] >= 0;
+    while (u->try_next < u->try_cnt && (pending == 0
+                                        || now >= u->stagger_at)) {
+        size_t k = u->try_next++;
+        int fd = io_connect(&u->try_addr[k], &u->call.trust, false);
+        if (fd == -EACCES) {
+            up_log_denied(u, &u->try_addr[k]);
+            continue;
+        }
+        u->is_denied = false;
+        u->addr = u->try_addr[k];
+        u->has_addr = true;
+        u->detail = fd < 0 ? -fd : 0;
+        if (fd < 0)
+            continue;
+        u->try_fd[k] = fd;
+        u->stagger_at = now + LIM_STAGGER_MS;
+        pending++;
+        loop_set(KIND_TRY, idx * LIM_TRY_CNT + k, fd, POLLOUT, INT64_MAX);
+    }
+    if (pending)
+        up_watch(u);
+    else
+        up_fail(u, u->is_denied ? EV_SSRF_DENIED : EV_CONNECT_FAILED,
+            "connect", u->detail);
+}
+
+/* Enter TLS as soon as one of the handshake slots is free. */
+static void up_step_tls_slot(struct up *u, int64_t now)
+{
+    struct hs *h = hs_take();
+    u->state = UP_TLS_SLOT;
+    if (!h) {
+        up_watch(u);
+        return;
+    }
+    u->state = UP_TLS;
+    u->stage_end = now + LIM_TLS_MS;
+    if (!chan_start_tls(u->chan, h, &u->peer)) {
+        up_fail(u, EV_TLS_FAILED, "tls", 0);
+        return;
+    }
+    loop_wake(KIND_UP, (size_t)(u - up_pool));
+    up_watch(u);
+}
+
+/* One attempt's socket became ready. */
+static enum step try_step(size_t idx, int revents, int64_t now)
+{
+    struct up *u = &up_pool[idx / LIM_TRY_CNT];
+    size_t k = idx % LIM_TRY_CNT;
+    if (u->state != UP_DIAL || u->try_fd[k] < 0 || !revents)
+        return STEP_WAIT;
+    int err = io_connected(u->try_fd[k]);
+    loop_set(KIND_TRY, idx, -1, 0, INT64_MAX);
+    if (err) {
+        u->detail = -err;
+        u->addr = u->try_addr[k];
+        io_close(&u->try_fd[k]);
+        up_start_tries(u, now);
+        return STEP_WAIT;
+    }
+    u->chan = chan_open(u->try_fd[k], &u->try_addr[k], u->key);
+    if (!u->chan) {
+        up_fail(u, EV_CHAN_FULL, "connect", 0);
+        return STEP_WAIT;
+    }
+    u->try_fd[k] = -1;
+    u->addr = u->try_addr[k];
+    up_drop_tries(u, LIM_TRY_CNT);
+    if (u->call.is_tls)
+        up_step_tls_slot(u, now);
+    else
+        up_send(u, now);
+    return STEP_WAIT;
+}
+
+static void up_step_tls(struct up *u, int64_t now)
+{
+    struct chan *ch = u->chan;
+    br_ssl_engine_context *eng = &chan_tls[ch - chan_pool].eng;
+    int err = tls_pump(ch, 2);      /* one record: its head, its body */
+    if (br_ssl_engine_current_state(eng) & BR_SSL_SENDAPP) {
+        chan_tls_up(ch);
+        up_send(u, now);
+        return;
+    }
+    if (err == 0 || err == -EAGAIN) {
+        up_watch(u);
+        return;
+    }
+    enum event why = chan_tls_why(ch);
+    int detail = br_ssl_engine_last_error(eng);
+    loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
+    chan_close(ch);
+    u->chan = NULL;
+    if (u->try_next == u->try_cnt) {
+        up_fail(u, why, "tls", detail);
+        return;
+    }
+    u->state = UP_DIAL;
+    u->stage_end = now + LIM_CONNECT_MS;
+    up_start_tries(u, now);
+}
+
+static uint8_t scratch[LIM_SCRATCH_LEN];    /* one message being written */
+
+static void up_step_send(struct up *u, int64_t now);
+
+/* The connection stands: write the request. */
+static void up_send(struct up *u, int64_t now)
+{
+    struct bb b = BB(scratch);
+    sl text;
+    u->state = UP_SEND;
+    u->stage_end = now + LIM_REPLY_MS;
+    u->call.build(u->call.owner_idx, &b);
+    if (!bb_finish(&b, &text) || !chan_put(u->chan, text)) {
+        up_fail(u, EV_BUG_OVERFLOW, "http", 0);
+        return;
+    }
+    up_step_send(u, now);
+    wipe(scratch, b.len);
+}
+
+/* A connection died. A kept one, before any reply byte, is replaced once. */
+static void up_broken(struct up *u, int64_t now)
+{
+    if (!u->is_kept || u->in_len > 0) {
+        up_fail(u, EV_REPLY_CLOSED, "http", 0);
+        return;
+    }
+    loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
+    chan_close(u->chan);
+    u->chan = NULL;
+    u->is_retried = true;
+    up_begin(u, now);
+}
+
+static void up_step_send(struct up *u, int64_t now)
+{
+    int err = chan_flush(u->chan);
+    if (err == -ECONNRESET) {
+        up_broken(u, now);
+        return;
+    }
+    if (err == 0) {
+        u->state = UP_RECV;
+        u->stage_end = now + LIM_REPLY_MS;
+    }
+    up_watch(u);
+}
+
+/* Judge a complete head; skip interim ones.
+ * Returns 1 body follows, 0 an interim head was dropped, -EV_*. */
+MUST_USE static int up_head(struct up *u, size_t head_len)
+{
+    uint8_t *in = up_in[u - up_pool];
+    sl text = { in, head_len };
+    struct h1_body body;
+    if (u->head.status < 200) {
+        if (u->head.status == 101 || ++u->interim_cnt > LIM_REPLY_1XX)
+            return -EV_REPLY_BAD;
+        memmove(in, in + head_len, u->in_len - head_len);
+        u->in_len -= head_len;
+        u->head = (struct h1_head){ 0 };
+        return 0;
+    }
+    sl coding = h1_get(text, &u->head, H1_CONTENT_ENCODING);
+    if (h1_framing(text, &u->head, true, &body)
+        || (coding.len && !sl_ieq(coding, SL("identity"))))
+        return -EV_REPLY_BAD;
+    if (body.kind == H1_LENGTH && body.len > u->call.reply_cap)
+        return -EV_REPLY_LIMIT;
+    u->head_len = head_len;
+    intake_start(&u->intake, body, u->call.reply_cap);
+    return 1;
+}
+
+/* Use what has arrived. Returns 1 complete, 0 need more, -EV_*. */
+MUST_USE static int up_take(struct up *u)
+{
+    uint8_t *in = up_in[u - up_pool];
+    while (u->head_len == 0) {
+        int n = h1_parse_head((sl){ in, u->in_len }, true, &u->head);
+        if (n == 0)
+            return 0;
+        if (n < 0)
+            return n == -EV_HEAD_LIMIT ? -EV_REPLY_LIMIT : -EV_REPLY_BAD;
+        n = up_head(u, (size_t)n);
+        if (n < 0)
+            return n;
+    }
+    int err = intake_take(&u->intake, in, u->head_len, LIM_REPLY_IN,
+        &u->in_len);
+    if (err)
+        return err == -EV_BODY_LIMIT ? -EV_REPLY_LIMIT
+            : err == -EV_BODY_POOL ? err : -EV_REPLY_BAD;
+    return u->intake.is_done;
+}
+
+static void up_step_recv(struct up *u, int64_t now)
+{
+    uint8_t *in = up_in[u - up_pool];
+    for (int rounds = 0; rounds < 8; rounds++) {
+        ssize_t n = chan_read(u->chan, in + u->in_len,
+            LIM_REPLY_IN - u->in_len);
+        if (n == -EAGAIN) {
+            up_watch(u);
+            return;
+        }
+        if (n == 0 && u->head_len && u->intake.body.kind == H1_CLOSE) {
+            u->intake.is_done = true;
+            up_end(u, UP_DONE);
+            return;
+        }
+        if (n <= 0) {
+            up_broken(u, now);
+            return;
+        }
+        u->in_len += (size_t)n;
+        int got = up_take(u);
+        if (got < 0) {
+            up_fail(u, (enum event)-got, "http", 0);
+            return;
+        }
+        if (got) {
+            up_end(u, UP_DONE);
+            return;
+        }
+    }
+    loop_wake(KIND_UP, (size_t)(u - up_pool));   /* the engine may hold more */
+    up_watch(u);
+}
+
+/* The stage's deadline passed. */
+static void up_timeout(struct up *u)
+{
+    switch (u->state) {
+    case UP_RESOLVE:
+        up_fail(u, EV_DNS_FAILED, "address", 0);
+        return;
+    case UP_DIAL:
+        up_fail(u, EV_CONNECT_TIMEOUT, "connect", 0);
+        return;
+    case UP_TLS_SLOT:
+    case UP_TLS:
+        up_fail(u, EV_TLS_TIMEOUT, "tls", 0);
+        return;
+    case UP_SEND:
+    case UP_RECV:
+        up_fail(u, EV_HS_TIMEOUT, "http", 0);
+        return;
+    case UP_FREE:
+    case UP_DONE:
+    case UP_FAILED:
+        return;
+    }
+}
+
+/* Move at most one row on; the owner is woken at the end. */
+static enum step up_step(size_t idx, int revents, int64_t now)
+{
+    struct up *u = &up_pool[idx];
+    int64_t end = u->state == UP_TLS_SLOT ? u->call.end : u->stage_end;
+    (void)revents;
+    if (u->state != UP_FREE && (now >= end || now >= u->call.end)) {
+        up_timeout(u);
+        return STEP_WAIT;
+    }
+    switch (u->state) {
+    case UP_RESOLVE:  up_step_resolve(u, now); return STEP_WAIT;
+    case UP_DIAL:     up_start_tries(u, now); return STEP_WAIT;
+    case UP_TLS_SLOT: up_step_tls_slot(u, now); return STEP_WAIT;
+    case UP_TLS:      up_step_tls(u, now); return STEP_WAIT;
+    case UP_SEND:     up_step_send(u, now); return STEP_WAIT;
+    case UP_RECV:     up_step_recv(u, now); return STEP_WAIT;
+    case UP_FREE:
+    case UP_DONE:
+    case UP_FAILED:   return STEP_WAIT;
+    }
+    return STEP_WAIT;                 /* unreachable: all named above */
+}
+
+/* ==== 18 MATRIX ==================== PART II: MACHINES ================
+ * Purpose  Whose OpenID token is it? Find the homeserver of a server name
+ *          (server-server API, "Server discovery") and ask it.
+ * Trust    The server name is the client's. Whatever DNS, redirects and
+ *          well-knowns say only chooses an address; the certificate must
+ *          be for the name, and `sub` for the server name (INV-L1).
+ * Limits   LIM_UP_CNT, LIM_WELL_KNOWN_LEN, LIM_REDIRECT_CNT, LIM_WK_CNT.
+ * INV-L1   A lookup succeeds only with a user of exactly the server name
+ *          that was asked for.
+ *
+ * row state         waits for         success             failure
+ * L1  L_WELL_KNOWN  the call          L3, L4; next hop    L3 on the name
+ * L2  L_WK_WAIT     another's L1      L3, L4              L3 on the name
+ * L3  L_SRV         resolver          L4                  next service, L4
+ * L4  L_CALL        the call          L5                  next target, L1
+ *                                     (forgetting a cached delegation), L6
+ * L5  L_DONE, L6 L_FAILED: the owner reads and closes
+ */
+
+enum lookup_state { L_FREE, L_WELL_KNOWN, L_WK_WAIT, L_SRV, L_CALL, L_DONE,
+    L_FAILED };
+
+struct target { uint16_t port; uint8_t len, host[LIM_HOST_LEN]; };
+
+/* One lookup.
+ * owner:    lookup_pool; the exchange (or --check) that opened it
+ * lifetime: lookup_open to lookup_close */
+struct lookup {
+    enum lookup_state state;
+    enum kind owner;
+    uint16_t owner_idx;
+    sl token, req;           /* borrowed from the owner */
+    uint8_t text[LIM_NAME_LEN];
+    struct name name;        /* the server name, in text */
+    uint64_t dest;           /* its hash, for counting */
+    struct trust trust;
+    bool is_listed, is_forgetful;    /* delegation already resolved anew */
+    const struct override *over;
+    struct up *up;
+    unsigned hops;
+    uint8_t url_text[LIM_URL_LEN];
+    struct url url;          /* of the well-known, in url_text */
+    uint8_t dn_text[LIM_NAME_LEN];
+    struct name dn;          /* name to resolve: delegated, or the server's */
+    bool is_cached;          /* dn comes from the cache */
+    unsigned srv_stage;
+    struct target target[LIM_TRY_CNT];
+    size_t target_cnt, target_next;
+    sl user;                 /* L_DONE: verified, in the call's reply */
+    enum event why;
+    const char *step;
+    int64_t end;
+};
+static struct lookup lookup_pool[LIM_UP_CNT];
+
+/* Where --check wants to see each step; unset while serving. */
+static void (*note_hook)(const char *step, bool ok, sl text);
+
+/* Tell of one step towards a peer: debug log, and --check. */
+static void note(const char *step, bool ok, sl server, sl text)
+{
+    LOG(EV_LOOKUP_STEP, KV("step", sl_str(step)), KV("server", server),
+        KV("result", ok ? SL("ok") : SL("no")), KV("detail", text));
+    if (note_hook)
+        note_hook(step, ok, text);
+}
+
+/* Result of a well-known fetch; all zero is free. */
+enum wk_state { WK_FREE, WK_PENDING, WK_OK, WK_NONE };
+static struct wk {
+    uint8_t key[16], state, fails;
+    uint16_t len;
+    int64_t until, good_until;       /* good_until: text may still serve */
+    uint8_t text[LIM_NAME_LEN];
+} wk_cache[LIM_WK_CNT];
+
+/* The slot of a server name: its own, else the one to replace; NULL if all
+ * four are being fetched. */
+static struct wk *wk_slot(sl name, int64_t now)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, name };
+    hash_parts(part, 2, sum);
+    size_t set = be16(sum) % (LIM_WK_CNT / 4) * 4;
+    struct wk *best = NULL;
+    for (size_t i = set; i < set + 4; i++) {
+        struct wk *w = &wk_cache[i];
+        if (w->state != WK_FREE && memcmp(w->key, sum, 16) == 0)
+            return w;
+        if (w->state != WK_PENDING && (!best || w->until < best->until))
+            best = w;
+    }
+    if (best) {
+        met.evicted += best->state != WK_FREE && best->until > now;
+        memset(best, 0, sizeof *best);
+        memcpy(best->key, sum, 16);
+    }
+    return best;
+}
+
+static size_t lookup_idx(const struct lookup *l)
+{
+    return (size_t)(l - lookup_pool);
+}
+
+static void lookup_wake_srv(void)
+{
+    for (size_t i = 0; i < LIM_UP_CNT; i++)
+        if (lookup_pool[i].state == L_SRV)
+            loop_wake(KIND_LOOKUP, i);
+}
+
+static bool name_in(sl name, const sl *list, size_t cnt)
+{
+    for (size_t i = 0; i < cnt; i++)
+        if (sl_eq(list[i], name))
+            return true;
+    return false;
+}
+
+/* `name` itself, or `*.suffix` for names below it; the port is compared
+ * only when the pattern has one. */
+static bool name_matches(const struct name *n, sl pattern)
+{
+    sl whole = sl_find(pattern, ':') < pattern.len ? n->whole : n->host;
+    if (sl_starts(pattern, SL("*.")))
+        return sl_ends(whole, sl_skip(pattern, 1))
+            && whole.len > pattern.len - 1;
+    return sl_eq(whole, pattern) || sl_eq(n->whole, pattern);
+}
+
+/* LKJWT_ALLOWED_HOMESERVERS and LKJWT_BLOCKED_HOMESERVERS; blocked wins. */
+static bool name_denied(const struct name *n)
+{
+    bool ok = cfg.allowed_cnt == 0;
+    for (size_t i = 0; i < cfg.allowed_cnt && !ok; i++)
+        ok = name_matches(n, cfg.allowed[i]);
+    for (size_t i = 0; i < cfg.blocked_cnt && ok; i++)
+        ok = !name_matches(n, cfg.blocked[i]);
+    return !ok;
+}
+
+static const struct override *override_find(const struct override *tab,
+    size_t cnt, sl name)
+{
+    for (size_t i = 0; i < cnt; i++)
+        if (sl_eq(tab[i].name, name))
+            return &tab[i];
+    return NULL;
+}
+
+/* Whether the operator named this server (SECURITY, destination classes). */
+static bool name_is_listed(sl whole)
+{
+    return name_in(whole, cfg.full_access, cfg.full_access_cnt)
+        || override_find(cfg.fed, cfg.fed_cnt, whole)
+        || override_find(cfg.cs, cfg.cs_cnt, whole);
+}
+
+/* Whether the verified server of a user has full access.
+ * GRANTS: room creation and publishing. */
+static bool has_full_access(sl verified_server)
+{
+    return cfg.is_open
+        || name_in(verified_server, cfg.full_access, cfg.full_access_cnt);
+}
+
+static struct trust name_trust(const struct name *n, bool is_listed)
+{
+    return (struct trust){ is_listed ? CLASS_LISTED : CLASS_STRANGER,
+        !cfg.private_deny && (is_listed || cfg.insecure
+                              || (cfg.is_open && !n->is_ip)) };
+}
+
+static void lookup_fail(struct lookup *l, enum event why, const char *step)
+{
+    uint8_t addr[64], num[20];
+    bool has_addr = l->up && l->up->has_addr;
+    bool has_status = l->up && l->up->state == UP_DONE;
+    l->state = L_FAILED;
+    l->why = why;
+    l->step = step;
+    LOG(why, KV("req", l->req), KV("server", l->name.whole),
+        KV("step", sl_str(step)),
+        KV("host", l->up ? l->up->call.host : (sl){ NULL, 0 }),
+        KV("addr", has_addr ? text_addr(addr, &l->up->addr)
+                            : (sl){ NULL, 0 }),
+        KV(has_status ? "status" : "detail",
+           has_status ? text_u64(num, l->up->head.status)
+           : l->up && l->up->detail ? text_u64(num,
+                                               (uint64_t)l->up->detail)
+                                    : (sl){ NULL, 0 }));
+    note(step, false, l->name.whole, sl_str(event_tab[why].text));
+    loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+    loop_wake(l->owner, l->owner_idx);
+}
+
+/* Keep n's text in buf, so that *to stays valid. */
+static void lookup_keep_name(uint8_t *buf, struct name *to, sl text)
+{
+    memmove(buf, text.p, text.len);
+    if (!name_parse((sl){ buf, text.len }, to))
+        *to = (struct name){ .whole = { buf, 0 }, .host = { buf, 0 } };
+}
+
+/* A client-given host needs a dot, lest it reach names of the local
+ * network (T21); the operator's own names do not. */
+static bool host_is_public(const struct lookup *l, const struct name *n)
+{
+    return l->is_listed || n->is_ip
+        || sl_find(n->host, '.') < n->host.len;
+}
+
+static bool is_single_label(sl host)
+{
+    return sl_find(host, '.') == host.len;
+}
+
+/* The Host header, and the name the certificate must bear: those of the
+ * name that SRV or a port lookup started from (PROTOCOL section 7.3). */
+static void lookup_build(uint16_t idx, struct bb *b)
+{
+    const struct lookup *l = &lookup_pool[idx];
+    bb_str(b, "GET ");
+    if (l->over)
+        bb_put(b, l->over->base.url.path);
+    bb_str(b, "/_matrix/federation/v1/openid/userinfo?access_token=");
+    bb_percent(b, l->token);
+    bb_str(b, " HTTP/1.1\r\nHost: ");
+    bb_put(b, l->over ? l->over->base.url.name.whole : l->dn.whole);
+    bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
+        LKJWT_VERSION "\r\n");
+    if (l->over && l->req.len) {
+        bb_str(b, "X-Request-Id: ");
+        bb_put(b, l->req);
+        bb_str(b, "\r\n");
+    }
+    bb_str(b, "\r\n");
+}
+
+static void lookup_build_wk(uint16_t idx, struct bb *b)
+{
+    const struct lookup *l = &lookup_pool[idx];
+    bb_str(b, "GET ");
+    bb_put(b, l->url.rest.len ? l->url.rest : SL("/"));
+    bb_str(b, " HTTP/1.1\r\nHost: ");
+    bb_put(b, l->url.name.whole);
+    bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
+        LKJWT_VERSION "\r\n\r\n");
+}
+
+static void lookup_drop_up(struct lookup *l, int64_t now)
+{
+    if (l->up)
+        up_close(l->up, now);
+    l->up = NULL;
+}
+
+/* Ask the current target for the user. */
+static void lookup_call(struct lookup *l, int64_t now)
+{
+    const struct base *o = l->over ? &l->over->base : NULL;
+    const struct target *t = &l->target[l->target_next];
+    struct up_call c = { .owner = KIND_LOOKUP,
+        .owner_idx = (uint16_t)lookup_idx(l), .label = TL_USERINFO,
+        .trust = l->trust, .is_tls = o ? o->is_tls : true,
+        .host = o ? o->url.name.host : (sl){ t->host, t->len },
+        .port = o ? o->port : t->port,
+        .cert_name = o ? o->url.name.host : l->dn.host,
+        .reply_cap = LIM_USERINFO_LEN, .end = l->end,
+        .build = lookup_build };
+    c.search = o || (l->is_listed && is_single_label(c.host));
+    lookup_drop_up(l, now);
+    l->state = L_CALL;
+    l->up = up_open(&c, 0, LIM_UP_CNT, now);
+    if (!l->up)
+        lookup_fail(l, EV_CHAN_FULL, "connect");
+    else
+        loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
+}
+
+static void lookup_one_target(struct lookup *l, uint16_t port, int64_t now)
+{
+    struct target *t = &l->target[0];
+    t->port = port;
+    t->len = (uint8_t)l->dn.host.len;
+    memcpy(t->host, l->dn.host.p, l->dn.host.len);
+    l->target_cnt = 1;
+    l->target_next = 0;
+    lookup_call(l, now);
+}
+
+/* One SRV record out of a cache entry at *at. False at the end. */
+static bool srv_take(const struct dns_entry *e, size_t *at, uint16_t num[3],
+    sl *host)
+{
+    const uint8_t *p = e->data + *at;
+    if (*at + 7 > e->data_len)
+        return false;
+    num[0] = be16(p);
+    num[1] = be16(p + 2);
+    num[2] = be16(p + 4);
+    *host = (sl){ p + 7, p[6] };
+    *at += 7U + p[6];
+    return true;
+}
+
+/* Order SRV records: ascending priority, weighted random within one (RFC
+ * 2782), at most LIM_TRY_CNT. A lone `.` means no service. */
+static void lookup_srv_targets(struct lookup *l, const struct dns_entry *e)
+{
+    bool used[LIM_DNS_REC_CNT] = { false };
+    l->target_cnt = l->target_next = 0;
+    while (l->target_cnt < LIM_TRY_CNT) {
+        uint16_t num[3], lowest = UINT16_MAX;
+        size_t at = 0, pick = LIM_DNS_REC_CNT;
+        uint64_t total = 0;
+        sl host, chosen = { NULL, 0 };
+        uint16_t port = 0;
+        for (size_t i = 0; srv_take(e, &at, num, &host); i++)
+            if (!used[i] && num[0] <= lowest)
+                lowest = num[0];
+        at = 0;
+        for (size_t i = 0; srv_take(e, &at, num, &host); i++) {
+            uint32_t dice;
+            if (used[i] || num[0] != lowest)
+                continue;
+            /* reservoir sampling: each record wins with its share */
+            uint32_t weight = num[1] * 16U + 1;
+            total += weight;
+            io_random(&dice, sizeof dice);
+            if (dice % total < weight) {
+                pick = i;
+                chosen = host;
+                port = num[2];
+            }
+        }
+        if (pick == LIM_DNS_REC_CNT)
+            return;
+        used[pick] = true;
+        if (sl_eq(chosen, SL(".")) || port == 0)
+            continue;
+        struct target *t = &l->target[l->target_cnt++];
+        t->port = port;
+        t->len = (uint8_t)chosen.len;
+        memcpy(t->host, chosen.p, chosen.len);
+    }
+}
+
+/* Go through _matrix-fed._tcp, _matrix._tcp, then port 8448. */
+static void lookup_srv(struct lookup *l, int64_t now)
+{
+    static const char *const service[] = { "_matrix-fed._tcp.",
+        "_matrix._tcp." };
+    uint8_t text[LIM_HOST_LEN + 20];
+    l->state = L_SRV;
+    for (; l->srv_stage < COUNT_OF(service); l->srv_stage++) {
+        const struct dns_entry *e;
+        struct bb b = BB(text);
+        bb_str(&b, service[l->srv_stage]);
+        bb_put(&b, l->dn.host);
+        sl name = { text, b.len };
+        enum res got = res_lookup(name, DNS_SRV, false, now, &e);
+        if (got == RES_WAIT) {
+            loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
+            return;
+        }
+        if (got == RES_OK) {
+            lookup_srv_targets(l, e);
+            if (l->target_cnt) {
+                note("srv", true, l->name.whole, name);
+                lookup_call(l, now);
+                return;
+            }
+        }
+        note("srv", got != RES_FAILED, l->name.whole,
+            got == RES_FAILED ? SL("DNS server fails or does not answer")
+                              : SL("no record"));
+        if (got == RES_FAILED)
+            break;
+    }
+    lookup_one_target(l, 8448, now);
+}
+
+/* Resolve the name in dn: literal, port, or services. */
+static void lookup_resolve(struct lookup *l, int64_t now)
+{
+    l->srv_stage = 0;
+    if (!host_is_public(l, &l->dn))
+        lookup_fail(l, EV_NAME_BAD, "name");
+    else if (l->dn.is_ip || l->dn.port)
+        lookup_one_target(l, l->dn.port ? l->dn.port : 8448, now);
+    else
+        lookup_srv(l, now);
+}
+
+static void lookup_use(struct lookup *l, sl dn, bool is_cached, int64_t now)
+{
+    l->is_cached = is_cached;
+    lookup_keep_name(l->dn_text, &l->dn, dn);
+    lookup_resolve(l, now);
+}
+
+/* Write a fetch's result into the cache and wake who waits for it. A
+ * refresh that failed for a passing reason keeps the last good answer. */
+static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
+    int64_t now)
+{
+    struct wk *w = wk_slot(l->name.whole, now);
+    if (w && dn.len) {
+        ttl_s = ttl_s < 300 ? 300 : ttl_s > 172800 ? 172800 : ttl_s;
+        w->state = WK_OK;
+        w->fails = 0;
+        w->len = (uint16_t)dn.len;
+        memmove(w->text, dn.p, dn.len);
+        w->until = now + ttl_s * 1000;
+        w->good_until = now + 172800000;
+    } else if (w) {
+        int64_t wait = 60000LL << (w->fails < 6 ? w->fails : 6);
+        wait = l->is_listed ? 60000 : wait > 3600000 ? 3600000 : wait;
+        w->fails = (uint8_t)(w->fails + (w->fails < 6));
+        w->state = passing && w->len && w->good_until > now ? WK_OK
+            : WK_NONE;
+        w->until = now + wait;
+    }
+    for (size_t i = 0; i < LIM_UP_CNT; i++)
+        if (lookup_pool[i].state == L_WK_WAIT)
+            loop_wake(KIND_LOOKUP, i);
+}
+
+static void lookup_well_known(struct lookup *l, int64_t now);
+
+/* Fetch l->url, one hop. */
+static void lookup_fetch(struct lookup *l, int64_t now)
+{
+    int64_t end = now + LIM_REPLY_MS;
+    struct up_call c = { .owner = KIND_LOOKUP,
+        .owner_idx = (uint16_t)lookup_idx(l), .label = TL_WELL_KNOWN,
+        .trust = l->trust, .is_tls = true, .host = l->url.name.host,
+        .port = l->url.name.port ? l->url.name.port : 443,
+        .cert_name = l->url.name.host, .reply_cap = LIM_WELL_KNOWN_LEN,
+        .end = end < l->end ? end : l->end, .build = lookup_build_wk };
+    c.search = l->is_listed && is_single_label(c.host);
+    lookup_drop_up(l, now);
+    l->up = up_open(&c, 0, LIM_UP_CNT, now);
+    if (!l->up)
+        lookup_fail(l, EV_CHAN_FULL, "connect");
+    else
+        loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
+}
+
+/* The well-known led nowhere: the name itself is resolved. `passing`: the
+ * failure may be gone tomorrow. */
+static void lookup_wk_none(struct lookup *l, enum event why, bool passing,
+    int64_t now)
+{
+    LOG(EV_WELL_KNOWN_NONE, KV("req", l->req), KV("server", l->name.whole),
+        KV("reason", sl_str(event_tab[why].label)));
+    note("well-known", false, l->name.whole, sl_str(event_tab[why].text));
+    wk_finish(l, (sl){ NULL, 0 }, 0, passing, now);
+    lookup_drop_up(l, now);
+    struct wk *w = wk_slot(l->name.whole, now);
+    if (w && w->state == WK_OK)
+        lookup_use(l, (sl){ w->text, w->len }, true, now);
+    else
+        lookup_use(l, l->name.whole, false, now);
+}
+
+/* Follow a redirect to https, at most LIM_REDIRECT_CNT of them. */
+static void lookup_redirect(struct lookup *l, int64_t now)
+{
+    uint8_t text[LIM_URL_LEN + LIM_NAME_LEN + 8];
+    struct bb b = BB(text);
+    sl to = up_field(l->up, H1_LOCATION);
+    struct url u;
+    if (sl_starts(to, SL("//"))) {
+        bb_str(&b, "https:");
+    } else if (sl_starts(to, SL("/"))) {
+        bb_str(&b, "https://");
+        bb_put(&b, l->url.name.whole);
+    }
+    bb_put(&b, to);
+    bool ok = !b.over && url_parse((sl){ text, b.len }, &u)
+        && sl_ieq(u.scheme, SL("https")) && host_is_public(l, &u.name)
+        && ++l->hops <= LIM_REDIRECT_CNT;
+    if (!ok) {
+        lookup_wk_none(l, EV_REDIRECT_BAD, false, now);
+        return;
+    }
+    memcpy(l->url_text, text, b.len);
+    if (!url_parse((sl){ l->url_text, b.len }, &l->url)) {
+        lookup_wk_none(l, EV_REDIRECT_BAD, false, now);
+        return;
+    }
+    lookup_fetch(l, now);
+}
+
+/* The well-known call ended. */
+static void lookup_step_wk(struct lookup *l, int64_t now)
+{
+    static const struct js_field field[] = {
+        { "m.server", JS_STRING, 0, NULL } };
+    static const struct js_table tab = { field, 1, false, false };
+    struct up *u = l->up;
+    sl dn = { NULL, 0 };
+    struct name n;
+    if (u->state == UP_FAILED) {
+        lookup_wk_none(l, u->why, u->why != EV_REPLY_BAD
+                       && u->why != EV_REPLY_LIMIT, now);
+        return;
+    }
+    unsigned st = u->head.status;
+    if (st == 301 || st == 302 || st == 303 || st == 307 || st == 308) {
+        lookup_redirect(l, now);
+        return;
+    }
+    if (st != 200) {
+        lookup_wk_none(l, EV_REPLY_STATUS, st >= 500, now);
+        return;
+    }
+    if (js_parse(up_body(u), u->intake.len, &tab, &dn) || dn.len == 0
+        || dn.len > LIM_NAME_LEN || !name_parse(dn, &n)) {
+        lookup_wk_none(l, EV_REPLY_JSON, false, now);
+        return;
+    }
+    note("well-known", true, l->name.whole, dn);
+    wk_finish(l, dn, cache_seconds(up_field(u, H1_CACHE_CONTROL),
+        up_field(u, H1_EXPIRES), io_wall_ms() / 1000, 86400), false, now);
+    lookup_keep_name(l->dn_text, &l->dn, dn);
+    l->is_cached = false;
+    lookup_drop_up(l, now);
+    lookup_resolve(l, now);
+}
+
+/* Consult the cache, or fetch, or wait for who fetches. */
+static void lookup_well_known(struct lookup *l, int64_t now)
+{
+    struct wk *w = wk_slot(l->name.whole, now);
+    if (w && w->state == WK_PENDING) {
+        l->state = L_WK_WAIT;
+        loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
+        return;
+    }
+    if (w && w->until > now && w->state != WK_FREE) {
+        if (w->state == WK_OK)
+            lookup_use(l, (sl){ w->text, w->len }, true, now);
+        else
+            lookup_use(l, l->name.whole, false, now);
+        return;
+    }
+    if (w)
+        w->state = WK_PENDING;
+    struct bb b = BB(l->url_text);
+    bb_str(&b, "https://");
+    bb_put(&b, l->name.host);
+    bb_str(&b, "/.well-known/matrix/server");
+    l->state = L_WELL_KNOWN;
+    l->hops = 0;
+    if (url_parse((sl){ l->url_text, b.len }, &l->url))
+        lookup_fetch(l, now);
+    else
+        lookup_wk_none(l, EV_NAME_BAD, false, now);
+}
+
+/* The userinfo call failed: go on where that may help. */
+static void lookup_call_failed(struct lookup *l, int64_t now)
+{
+    struct up *u = l->up;
+    bool unreachable = strcmp(u->step, "http") != 0;
+    if (unreachable && l->target_next + 1 < l->target_cnt) {
+        note(u->step, false, l->name.whole, sl_str(event_tab[u->why].text));
+        l->target_next++;
+        lookup_call(l, now);
+        return;
+    }
+    if (unreachable && l->is_cached && !l->is_forgetful) {
+        struct wk *w = wk_slot(l->name.whole, now);
+        l->is_forgetful = true;
+        if (w && w->state == WK_OK)
+            w->until = w->good_until = 0;
+        lookup_drop_up(l, now);
+        lookup_well_known(l, now);
+        return;
+    }
+    lookup_fail(l, u->why, u->step);
+}
+
+/* The userinfo call ended. */
+static void lookup_step_call(struct lookup *l, int64_t now)
+{
+    static const struct js_field field[] = {
+        { "sub", JS_STRING, 0, NULL } };
+    static const struct js_table tab = { field, 1, false, false };
+    struct up *u = l->up;
+    if (u->state == UP_FAILED) {
+        lookup_call_failed(l, now);
+        return;
+    }
+    uint8_t addr[64];
+    note("connect", true, l->name.whole, text_addr(addr, &u->addr));
+    l->user = (sl){ NULL, 0 };
+    if (u->head.status == 401)
+        lookup_fail(l, EV_TOKEN_UNKNOWN, "http");
+    else if (u->head.status != 200)
+        lookup_fail(l, EV_REPLY_STATUS, "http");
+    else if (js_parse(up_body(u), u->intake.len, &tab, &l->user))
+        lookup_fail(l, EV_REPLY_JSON, "http");
+    else if (!user_check(l->user, l->name.whole))
+        lookup_fail(l, EV_SUB_BAD, "sub");
+    else {
+        l->state = L_DONE;
+        loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+        loop_wake(l->owner, l->owner_idx);
+    }
+}
+
+/* Move on after a wake or at the deadline. */
+static enum step lookup_step(size_t idx, int revents, int64_t now)
+{
+    struct lookup *l = &lookup_pool[idx];
+    bool ended = l->up && (l->up->state == UP_DONE
+                           || l->up->state == UP_FAILED);
+    (void)revents;
+    switch (l->state) {
+    case L_WELL_KNOWN:
+        if (ended)
+            lookup_step_wk(l, now);
+        break;
+    case L_WK_WAIT:
+        if (now >= l->end)
+            lookup_fail(l, EV_HS_TIMEOUT, "well-known");
+        else
+            lookup_well_known(l, now);
+        break;
+    case L_SRV:
+        if (now >= l->end)
+            lookup_fail(l, EV_DNS_FAILED, "srv");
+        else
+            lookup_srv(l, now);
+        break;
+    case L_CALL:
+        if (ended)
+            lookup_step_call(l, now);
+        break;
+    case L_FREE:
+    case L_DONE:
+    case L_FAILED:
+        break;
+    }
+    return STEP_WAIT;
+}
+
+/* Hash of a destination, for counting calls per server. */
+static uint64_t dest_hash(sl name)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, name };
+    hash_parts(part, 2, sum);
+    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+}
+
+/* Whether another lookup of this server may start now. */
+static bool lookup_may_open(uint64_t dest, bool is_listed)
+{
+    int64_t active = 0, strangers = 0, same = 0;
+    int64_t cap = is_listed ? LIM_DEST_LISTED
+        : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
+    for (size_t i = 0; i < LIM_UP_CNT; i++)
+        if (lookup_pool[i].state != L_FREE) {
+            active++;
+            strangers += !lookup_pool[i].is_listed;
+            same += lookup_pool[i].dest == dest;
+        }
+    return active < cfg.lookups_max && same < cap
+        && (is_listed || cfg.is_open || strangers < LIM_STRANGER_CNT);
+}
+
+/* Start a lookup of a checked name; the caller asked lookup_may_open.
+ * token and req must live until lookup_close. Returns NULL: none free. */
+static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
+    const struct name *name, sl token, sl req, int64_t now)
+{
+    size_t i = 0;
+    while (i < LIM_UP_CNT && lookup_pool[i].state != L_FREE)
+        i++;
+    if (i == LIM_UP_CNT)
+        return NULL;
+    struct lookup *l = &lookup_pool[i];
+    memset(l, 0, sizeof *l);
+    l->state = L_WELL_KNOWN;
+    l->owner = owner;
+    l->owner_idx = owner_idx;
+    l->token = token;
+    l->req = req;
+    lookup_keep_name(l->text, &l->name, name->whole);
+    l->dest = dest_hash(l->name.whole);
+    l->is_listed = name_is_listed(l->name.whole);
+    l->trust = name_trust(&l->name, l->is_listed);
+    l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
+    l->end = now + cfg.lookup_ms;
+    lookup_keep_name(l->dn_text, &l->dn, l->name.whole);
+    if (l->over) {
+        l->trust = (struct trust){ CLASS_OPERATOR, true };
+        l->target_cnt = 1;
+        note("override", true, l->name.whole, l->over->base.text);
+        lookup_call(l, now);
+    } else if (l->name.is_ip || l->name.port) {
+        lookup_resolve(l, now);
+    } else if (!host_is_public(l, &l->name)) {
+        lookup_fail(l, EV_NAME_BAD, "name");
+    } else {
+        lookup_well_known(l, now);
+    }
+    return l;
+}
+
+static void lookup_close(struct lookup *l, int64_t now)
+{
+    lookup_drop_up(l, now);
+    loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+    l->state = L_FREE;
+}
+
+/* ==== 19 LIVEKIT =================== PART II: MACHINES ================
+ * Purpose  Calls of the SFU's RoomService (Twirp v8, protobuf).
+ * Trust    The SFU is the operator's; its replies are still bounded.
+ * INV-K1   Only lk_build_room asks for a room, and only an exchange of a
+ *          full-access user calls it (section 22, exchange_room).
+ */
+
+/* Append a Twirp request of the given method with its token and body. */
+static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
+    sl req)
+{
+    uint8_t payload[512];
+    struct bb p = BB(payload);
+    sl text;
+    jwt_put_service(&p, cfg.key[0].name, admin_room, io_wall_ms() / 1000);
+    if (!bb_finish(&p, &text)) {
+        b->over = true;
+        return;
+    }
+    bb_str(b, "POST ");
+    bb_put(b, cfg.api.url.path);
+    bb_str(b, "/twirp/livekit.RoomService/");
+    bb_str(b, method);
+    bb_str(b, " HTTP/1.1\r\nHost: ");
+    bb_put(b, cfg.api.url.name.whole);
+    bb_str(b, "\r\nContent-Type: application/protobuf\r\n"
+        "Accept: application/protobuf\r\nUser-Agent: lkjwt/" LKJWT_VERSION
+        "\r\nAuthorization: Bearer ");
+    jwt_sign(b, &cfg.key[0].sec_key, text);
+    if (req.len) {
+        bb_str(b, "\r\nX-Request-Id: ");
+        bb_put(b, req);
+    }
+    bb_str(b, "\r\nContent-Length: ");
+    bb_u64(b, body.len);
+    bb_str(b, "\r\n\r\n");
+    bb_put(b, body);
+}
+
+/* Open a call at the SFU. NULL: none free. */
+static struct up *lk_open(enum kind owner, uint16_t owner_idx,
+    void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
+{
+    struct up_call c = { .owner = owner, .owner_idx = owner_idx,
+        .label = TL_SFU, .trust = { CLASS_OPERATOR, true },
+        .is_tls = cfg.api.is_tls, .search = true,
+        .host = cfg.api.url.name.host, .port = cfg.api.port,
+        .cert_name = cfg.api.url.name.host, .reply_cap = LIM_RPC_LEN,
+        .end = end, .build = build };
+    return up_open(&c, LIM_UP_CNT, LIM_UP_CNT + LIM_SFU_CNT, now);
+}
+
+/* The `code` of a Twirp error, if it is one of Twirp's own words. */
+static sl lk_code(struct up *u)
+{
+    static const struct js_field field[] = {
+        { "code", JS_STRING, 0, NULL } };
+    static const struct js_table tab = { field, 1, false, false };
+    sl code = { NULL, 0 };
+    if (u->state != UP_DONE
+        || js_parse(up_body(u), u->intake.len, &tab, &code)
+        || code.len > 40)
+        return (sl){ NULL, 0 };
+    for (size_t i = 0; i < code.len; i++)
+        if (code.p[i] != '_' && (code.p[i] < 'a' || code.p[i] > 'z'))
+            return (sl){ NULL, 0 };
+    return code;
+}
+
+/* Log why a call failed. */
+static void lk_log(struct up *u, sl req)
+{
+    uint8_t addr[64], num[20];
+    enum event why = u->state == UP_FAILED ? u->why
+        : u->head.status == 401 ? EV_SFU_AUTH : EV_SFU_REFUSED;
+    LOG(why, KV("req", req), KV("target", SL("sfu")),
+        KV("step", u->state == UP_FAILED ? sl_str(u->step) : SL("http")),
+        KV("host", u->call.host),
+        KV("addr", u->has_addr ? text_addr(addr, &u->addr)
+                               : (sl){ NULL, 0 }),
+        KV("status", u->state == UP_DONE ? text_u64(num, u->head.status)
+                                         : (sl){ NULL, 0 }),
+        KV("code", lk_code(u)));
+}
+
+/* ==== 22 SERVER ==================== PART II: MACHINES ================
+ * Purpose  Client connections, routes, and the token exchange.
+ * Trust    Clients are anyone; nothing they send is believed before the
+ *          homeserver has vouched for the user (exchange_verified).
+ * Limits   LIM_CONN_CNT and the client-side numbers of section 02.
+ * INV-V1   One request of a connection is served at a time, in order.
+ * INV-V2   Connection i serves exchange i; its buffers outlive it.
+ *
+ * row state      waits for  limit      success        failure, timeout
+ * C1  C_HEAD     POLLIN     10 s, 650 s idle  C2      408 or silent close
+ * C2  C_BODY     POLLIN     15 s       C3, C4         408
+ * C3  C_WAIT     exchange   -          C4             -
+ * C4  C_WRITE    POLLOUT    10 s       C1, C5, close  close
+ * C5  C_LINGER   POLLIN     2 s, 64 KB close          close
+ */
+
+enum conn_state { C_FREE, C_HEAD, C_BODY, C_WAIT, C_WRITE, C_LINGER };
+
+struct route;
+
+/* One client connection; bulk in arrays of its own.
+ * owner:    conn_pool; only conn_close() closes fd
+ * lifetime: accept to conn_close */
+struct conn {
+    enum conn_state state;
+    int fd;                          /* -1: the client left while waiting */
+    bool is_keep, is_eof, is_refused;
+    uint16_t code;                   /* of the reply */
+    size_t in_len, head_len;
+    size_t out_off, out_len;
+    uint8_t out_big;                 /* pending reply in a big buffer */
+    uint8_t req_len, req[LIM_REQUEST_ID_LEN];
+    const struct route *route;       /* NULL: no such path */
+    struct h1_head head;
+    struct intake body;
+    size_t discarded;
+    int64_t end, since, begin_us;
+};
+static struct conn conn_pool[LIM_SLOT_CNT];
+static uint8_t conn_in[LIM_SLOT_CNT][LIM_IN_LEN];
+static uint8_t conn_out[LIM_SLOT_CNT][LIM_OUT_LEN];
+
+/* Set by SIGTERM: 1 lame duck, 2 draining. */
+static int srv_stopping;
+
+enum { M_GET = 1, M_HEAD = 2, M_POST = 4, M_OPTIONS = 8 };
+
+/* An endpoint is a row. start answers, or leaves the connection in C_WAIT. */
+static const struct route {
+    const char *path, *allow;
+    uint8_t methods;
+    bool is_cors;                    /* JSON endpoint: headers on all replies */
+    bool is_metrics;                 /* on the metrics listener instead */
+    enum route_label label;
+    void (*start)(struct conn *c, int64_t now);
+} route_tab[];
+
+static size_t conn_idx(const struct conn *c)
+{
+    return (size_t)(c - conn_pool);
+}
+
+static bool conn_is_lane(const struct conn *c)
+{
+    size_t i = conn_idx(c);
+    return i >= (size_t)cfg.max_conns && i < LIM_CONN_CNT + LIM_LANE_CNT;
+}
+
+static bool conn_is_metrics(const struct conn *c)
+{
+    return conn_idx(c) >= LIM_CONN_CNT + LIM_LANE_CNT;
+}
+
+static void conn_watch(struct conn *c)
+{
+    int want = 0;
+    switch (c->state) {
+    case C_HEAD:
+    case C_BODY:   want = c->is_eof ? 0 : POLLIN; break;
+    case C_LINGER: want = POLLIN; break;
+    case C_WRITE:  want = POLLOUT; break;
+    case C_WAIT:
+    case C_FREE:   break;
+    }
+    loop_set(KIND_CONN, conn_idx(c), c->fd, want, c->end);
+}
+
+static void conn_close(struct conn *c)
+{
+    if (c->state == C_FREE)
+        return;
+    io_close(&c->fd);
+    big_free(&c->body.big);
+    big_free(&c->out_big);
+    c->state = C_FREE;
+    loop_set(KIND_CONN, conn_idx(c), -1, 0, INT64_MAX);
+    met.gauge[GA_CONNECTIONS]--;
+}
+
+/* Ready for the next request; what of it has arrived stays. */
+static void conn_next(struct conn *c, int64_t now)
+{
+    uint8_t *in = conn_in[conn_idx(c)];
+    size_t used = c->head_len + (c->body.big ? 0 : c->body.len);
+    memmove(in, in + used, c->in_len - used);
+    c->in_len -= used;
+    big_free(&c->body.big);
+    c->body = (struct intake){ 0 };
+    c->head = (struct h1_head){ 0 };
+    c->head_len = 0;
+    c->route = NULL;
+    c->req_len = 0;
+    c->state = C_HEAD;
+    c->since = now;
+    c->end = now + (c->in_len ? LIM_HEAD_MS : cfg.keepalive_ms);
+    if (c->in_len || c->is_eof)
+        loop_wake(KIND_CONN, conn_idx(c));
+    conn_watch(c);
+}
+
+/* The reply is written. */
+static void conn_written(struct conn *c, int64_t now)
+{
+    big_free(&c->out_big);
+    if (c->is_keep) {
+        conn_next(c, now);
+        return;
+    }
+    if (!c->is_refused && c->body.is_done
+        && c->in_len == c->head_len + (c->body.big ? 0 : c->body.len)) {
+        conn_close(c);
+        return;
+    }
+    io_shutdown(c->fd);
+    c->state = C_LINGER;
+    c->discarded = 0;
+    c->end = now + LIM_LINGER_MS;
+    conn_watch(c);
+}
+
+/* Write a finished reply; what the socket does not take is kept. */
+static void conn_send(struct conn *c, sl text, int64_t now)
+{
+    size_t idx = conn_idx(c);
+    if (c->fd < 0) {                     /* the client left meanwhile */
+        conn_close(c);
+        return;
+    }
+    ssize_t n = io_write(c->fd, text);
+    if (n == -EAGAIN)
+        n = 0;
+    if (n < 0) {
+        conn_close(c);
+        return;
+    }
+    text = sl_skip(text, (size_t)n);
+    if (text.len == 0) {
+        conn_written(c, now);
+        return;
+    }
+    if (text.len > LIM_OUT_LEN && (c->out_big = big_take()) == 0) {
+        LOG0(EV_BODY_POOL);
+        conn_close(c);
+        return;
+    }
+    memcpy(c->out_big ? big_pool[c->out_big - 1] : conn_out[idx], text.p,
+        text.len);
+    c->out_off = 0;
+    c->out_len = text.len;
+    c->state = C_WRITE;
+    c->end = now + LIM_WRITE_MS;
+    conn_watch(c);
+}
+
+static const char *status_text(unsigned code)
+{
+    static const struct { uint16_t code; const char *text; } tab[] = {
+        { 200, "OK" }, { 400, "Bad Request" }, { 401, "Unauthorized" },
+        { 404, "Not Found" }, { 405, "Method Not Allowed" },
+        { 408, "Request Timeout" }, { 413, "Content Too Large" },
+        { 414, "URI Too Long" }, { 417, "Expectation Failed" },
+        { 429, "Too Many Requests" },
+        { 431, "Request Header Fields Too Large" },
+        { 500, "Internal Server Error" }, { 501, "Not Implemented" },
+        { 503, "Service Unavailable" },
+        { 505, "HTTP Version Not Supported" },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++)
+        if (tab[i].code == code)
+            return tab[i].text;
+    return "";
+}
+
+/* The Date field's value, made once a second. */
+static sl http_date(void)
+{
+    static uint8_t text[32];
+    static int64_t made;
+    static size_t len;
+    int64_t wall = io_wall_ms() / 1000;
+    if (wall != made) {
+        struct bb b = BB(text);
+        bb_http_date(&b, wall);
+        len = b.len;
+        made = wall;
+    }
+    return (sl){ text, len };
+}
+
+/* A reply: status, extra header lines (each with CRLF), body. */
+struct answer { unsigned code; const char *extra; sl body; };
+
+/* Write the whole reply. Extra fields come from tables, never from input;
+ * the request id is in its own alphabet (INV-T1, S12). */
+static void conn_answer(struct conn *c, const struct answer *a, int64_t now)
+{
+    struct bb b = BB(scratch);
+    sl text;
+    bool is_head = sl_eq(h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
+        c->head.method), SL("HEAD"));
+    bool cors = c->route && c->route->is_cors;
+    c->code = (uint16_t)a->code;
+    c->is_keep = c->is_keep && !srv_stopping && h1_keeps(&c->head);
+    bb_str(&b, "HTTP/1.1 ");
+    bb_u64(&b, a->code);
+    bb_byte(&b, ' ');
+    bb_str(&b, status_text(a->code));
+    bb_str(&b, "\r\nDate: ");
+    bb_put(&b, http_date());
+    if (cors)
+        bb_str(&b, "\r\nContent-Type: application/json"
+            "\r\nAccess-Control-Allow-Origin: *"
+            "\r\nAccess-Control-Allow-Methods: POST"
+            "\r\nAccess-Control-Allow-Headers: Accept, Content-Type, "
+            "Content-Length, Accept-Encoding, X-CSRF-Token");
+    if (c->req_len) {
+        bb_str(&b, "\r\nX-Request-Id: ");
+        bb_put(&b, (sl){ c->req, c->req_len });
+    }
+    if (!c->is_keep)
+        bb_str(&b, "\r\nConnection: close");
+    bb_str(&b, "\r\nContent-Length: ");
+    bb_u64(&b, a->body.len);
+    bb_str(&b, "\r\n");
+    bb_str(&b, a->extra);
+    bb_str(&b, "\r\n");
+    if (!is_head)
+        bb_put(&b, a->body);
+    if (!bb_finish(&b, &text)) {
+        LOG0(EV_BUG_OVERFLOW);
+        c->is_keep = false;
+        text = SL("HTTP/1.1 500 Internal Server Error\r\n"
+            "Connection: close\r\nContent-Length: 0\r\n\r\n");
+    }
+    enum route_label label = c->route ? c->route->label : RL_OTHER;
+    int64_t us = io_now_us() - c->begin_us;
+    met.request[label][met_code(a->code)]++;
+    met_observe(&met.request_time[label], us);
+    if (label != RL_HEALTHZ && label != RL_METRICS
+        && log_wanted(EV_REQUEST)) {
+        uint8_t code[20], took[20];
+        LOG(EV_REQUEST, KV("req", ((sl){ c->req, c->req_len })),
+            KV("path", h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
+                                c->head.target)),
+            KV("status", text_u64(code, a->code)),
+            KV("us", text_u64(took, (uint64_t)us)));
+    }
+    conn_send(c, text, now);
+}
+
+/* A JSON error. `field` stands in for a row without text. */
+static void conn_error(struct conn *c, enum reply re, const char *text,
+    int64_t now)
+{
+    const struct reply_row *row = &reply_tab[re];
+    uint8_t body[256];
+    struct bb b = BB(body);
+    bb_str(&b, "{\"errcode\":");
+    js_put_str(&b, sl_str(row->errcode), false);
+    bb_str(&b, ",\"error\":");
+    js_put_str(&b, sl_str(row->text ? row->text : text), false);
+    if (row->http == 429)
+        bb_str(&b, ",\"retry_after_ms\":2000");
+    bb_byte(&b, '}');
+    conn_answer(c, &(struct answer){ row->http,
+        row->http == 429 || row->http == 503 ? "Retry-After: 2\r\n" : "",
+        { body, b.len } }, now);
+}
+
+/* Status of a framing failure. */
+static unsigned framing_code(enum event ev)
+{
+    switch ((int)ev) {
+    case EV_H1_VERSION: return 505;
+    case EV_H1_LINE_LONG: return 414;
+    case EV_HEAD_LIMIT:
+    case EV_H1_TRAILER: return 431;
+    case EV_H1_CODING_UNKNOWN: return 501;
+    case EV_H1_EXPECT: return 417;
+    case EV_SLOW_HEAD:
+    case EV_SLOW_BODY: return 408;
+    case EV_CONN_FULL: return 503;
+    default: return 400;
+    }
+}
+
+/* Refuse what is no request we can read on from: plain text, then close. */
+static void conn_refuse(struct conn *c, enum event ev, int64_t now)
+{
+    uint8_t body[192];
+    struct bb b = BB(body);
+    LOG(ev, KV("req", ((sl){ c->req, c->req_len })));
+    bb_str(&b, event_tab[ev].text);
+    bb_byte(&b, '\n');
+    c->route = NULL;
+    c->is_keep = false;
+    c->is_refused = true;
+    conn_answer(c, &(struct answer){ framing_code(ev),
+        "Content-Type: text/plain; charset=utf-8\r\n"
+        "X-Content-Type-Options: nosniff\r\n", { body, b.len } }, now);
+}
+
+/* The route of a path: runs of `/` count as one, the prefix may lead. */
+static const struct route *route_find(sl path, bool is_metrics)
+{
+    uint8_t text[LIM_LINE_LEN];
+    struct bb b = BB(text);
+    for (size_t i = 0; i < path.len; i++)
+        if (path.p[i] != '/' || i == 0 || path.p[i - 1] != '/')
+            bb_byte(&b, path.p[i]);
+    sl plain = { text, b.len };
+    if (cfg.prefix.len && sl_starts(plain, cfg.prefix)
+        && plain.len > cfg.prefix.len && plain.p[cfg.prefix.len] == '/')
+        plain = sl_skip(plain, cfg.prefix.len);
+    for (const struct route *r = route_tab; r->path; r++)
+        if (r->is_metrics == is_metrics && sl_eq(plain, sl_str(r->path)))
+            return r;
+    return NULL;
+}
+
+static void conn_not_found(struct conn *c, sl path, int64_t now)
+{
+    bool hint = false;
+    for (const struct route *r = route_tab; r->path; r++)
+        hint |= sl_ends(path, sl_str(r->path));
+    LOG(hint ? EV_PREFIX_HINT : EV_NOT_FOUND,
+        KV("req", ((sl){ c->req, c->req_len })), KV("path", path));
+    conn_answer(c, &(struct answer){ 404,
+        "Content-Type: text/plain; charset=utf-8\r\n"
+        "X-Content-Type-Options: nosniff\r\n",
+        SL("404 page not found\n") }, now);
+}
+
+static uint8_t method_bit(sl method)
+{
+    return sl_eq(method, SL("POST")) ? M_POST
+        : sl_eq(method, SL("GET")) ? M_GET
+        : sl_eq(method, SL("HEAD")) ? M_HEAD
+        : sl_eq(method, SL("OPTIONS")) ? M_OPTIONS : 0;
+}
+
+/* The request is complete: answer, or start what answers. */
+static void conn_dispatch(struct conn *c, int64_t now)
+{
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    sl target = h1_slice(in, c->head.target);
+    uint8_t bit = method_bit(h1_slice(in, c->head.method));
+    c->state = C_WAIT;
+    c->end = INT64_MAX;
+    if (sl_eq(target, SL("*"))) {
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    } else if (!c->route) {
+        conn_not_found(c, h1_path(target), now);
+    } else if (c->route->is_cors && bit == M_OPTIONS) {
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    } else if (!(c->route->methods & bit)) {
+        conn_answer(c, &(struct answer){ 405, c->route->allow,
+            { NULL, 0 } }, now);
+    } else {
+        c->route->start(c, now);
+    }
+    if (c->state == C_WAIT)
+        conn_watch(c);
+}
+
+/* Take the client's request id, or make one. */
+static void conn_request_id(struct conn *c, sl in)
+{
+    static const char hex[] = "0123456789abcdef";
+    sl given = h1_get(in, &c->head, H1_REQUEST_ID);
+    uint8_t raw[8];
+    if (request_id_check(given)) {
+        c->req_len = (uint8_t)given.len;
+        memcpy(c->req, given.p, given.len);
+    } else if (!c->route || c->route->is_cors) {
+        io_random(raw, sizeof raw);
+        c->req_len = 16;
+        for (size_t i = 0; i < 16; i++)
+            c->req[i] = (uint8_t)hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    }
+}
+
+/* A complete head: decide framing, route and whether a body is read. */
+static void conn_head(struct conn *c, size_t head_len, int64_t now)
+{
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    struct h1_body body;
+    sl expect = h1_get(in, &c->head, H1_EXPECT);
+    bool has_expect = c->head.seen[H1_EXPECT] && c->head.minor > 0;
+    c->head_len = head_len;
+    c->begin_us = io_now_us();
+    int err = h1_framing(in, &c->head, false, &body);
+    if (!err && has_expect && !sl_ieq(expect, SL("100-continue")))
+        err = -EV_H1_EXPECT;
+    if (err) {
+        conn_refuse(c, (enum event)-err, now);
+        return;
+    }
+    c->route = route_find(h1_path(h1_slice(in, c->head.target)),
+        conn_is_metrics(c));
+    conn_request_id(c, in);
+    if (conn_is_lane(c) && (!c->route || c->route->is_cors)) {
+        conn_refuse(c, EV_CONN_FULL, now);
+        return;
+    }
+    bool wanted = c->route && c->route->is_cors
+        && method_bit(h1_slice(in, c->head.method)) == M_POST;
+    size_t limit = wanted ? (size_t)cfg.max_body : LIM_BODY_LEN;
+    intake_start(&c->body, body, limit);
+    c->is_keep = true;
+    if (body.len > limit || (has_expect && !wanted && !c->body.is_done)) {
+        c->is_keep = false;
+        if (wanted) {
+            LOG(EV_BODY_LIMIT, KV("req", ((sl){ c->req, c->req_len })));
+            conn_error(c, RE_TOO_LARGE, NULL, now);
+        } else {
+            conn_dispatch(c, now);
+        }
+        return;
+    }
+    if (has_expect && !c->body.is_done && c->in_len == head_len) {
+        sl go = SL("HTTP/1.1 100 Continue\r\n\r\n");
+        if (io_write(c->fd, go) != (ssize_t)go.len) {
+            conn_close(c);
+            return;
+        }
+    }
+    c->state = C_BODY;
+    c->end = now + LIM_BODY_MS;
+}
+
+/* A body that cannot be taken. */
+static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
+{
+    bool json = c->route && c->route->is_cors;
+    if (ev != EV_BODY_LIMIT && ev != EV_BODY_POOL) {
+        conn_refuse(c, ev, now);
+        return;
+    }
+    c->is_keep = false;
+    c->is_refused = true;
+    LOG(ev, KV("req", ((sl){ c->req, c->req_len })));
+    if (!json || method_bit(h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
+                                     c->head.method)) != M_POST)
+        conn_dispatch(c, now);
+    else
+        conn_error(c, ev == EV_BODY_LIMIT ? RE_TOO_LARGE : RE_LIMITED, NULL,
+            now);
+}
+
+/* Use what has arrived: at most one request. */
+static void conn_process(struct conn *c, int64_t now)
+{
+    uint8_t *in = conn_in[conn_idx(c)];
+    if (c->state == C_HEAD) {
+        if (c->in_len == 0)
+            return;
+        int n = h1_parse_head((sl){ in, c->in_len }, false, &c->head);
+        if (n < 0)
+            conn_refuse(c, (enum event)-n, now);
+        else if (n > 0)
+            conn_head(c, (size_t)n, now);
+    }
+    if (c->state != C_BODY)
+        return;
+    int err = intake_take(&c->body, in, c->head_len, LIM_IN_LEN, &c->in_len);
+    if (err)
+        conn_body_failed(c, (enum event)-err, now);
+    else if (c->body.is_done)
+        conn_dispatch(c, now);
+}
+
+/* The stage's deadline passed. */
+static void conn_timeout(struct conn *c, int64_t now)
+{
+    if (c->state == C_HEAD && c->in_len)
+        conn_refuse(c, EV_SLOW_HEAD, now);
+    else if (c->state == C_BODY)
+        conn_refuse(c, EV_SLOW_BODY, now);
+    else {
+        if (c->state == C_WRITE)
+            LOG0(EV_SLOW_READ);
+        conn_close(c);
+    }
+}
+
+/* Discard what a refused client still sends. */
+static void conn_discard(struct conn *c)
+{
+    ssize_t n = io_read(c->fd, conn_in[conn_idx(c)], LIM_IN_LEN);
+    if (n == -EAGAIN)
+        return;
+    c->discarded += n > 0 ? (size_t)n : 0;
+    if (n <= 0 || c->discarded > LIM_LINGER_LEN)
+        conn_close(c);
+}
+
+static void conn_write_rest(struct conn *c, int64_t now)
+{
+    const uint8_t *p = c->out_big ? big_pool[c->out_big - 1]
+        : conn_out[conn_idx(c)];
+    ssize_t n = io_write(c->fd, (sl){ p + c->out_off,
+        c->out_len - c->out_off });
+    if (n == -EAGAIN)
+        return;
+    if (n < 0) {
+        conn_close(c);
+        return;
+    }
+    c->out_off += (size_t)n;
+    if (c->out_off == c->out_len)
+        conn_written(c, now);
+}
+
+/* Read once; the head's deadline starts at its first byte. */
+static void conn_read(struct conn *c, int64_t now)
+{
+    size_t idx = conn_idx(c);
+    ssize_t n = io_read(c->fd, conn_in[idx] + c->in_len,
+        LIM_IN_LEN - c->in_len);
+    if (n == -EAGAIN)
+        return;
+    if (n < 0) {
+        conn_close(c);
+        return;
+    }
+    if (n == 0)
+        c->is_eof = true;
+    else if (c->state == C_HEAD && c->in_len == 0)
+        c->end = now + LIM_HEAD_MS;
+    c->in_len += (size_t)n;
+}
+
+/* Move a connection on: at most one request. */
+static enum step conn_step(size_t idx, int revents, int64_t now)
+{
+    struct conn *c = &conn_pool[idx];
+    if (c->state == C_FREE)
+        return STEP_WAIT;
+    if (now >= c->end) {
+        conn_timeout(c, now);
+        return STEP_WAIT;
+    }
+    switch (c->state) {
+    case C_HEAD:
+    case C_BODY:
+        if (revents)
+            conn_read(c, now);
+        if (c->state != C_FREE)
+            conn_process(c, now);
+        if ((c->state == C_HEAD || c->state == C_BODY) && c->is_eof)
+            conn_close(c);
+        break;
+    case C_WAIT:
+        if (revents & (POLLHUP | POLLERR)) {
+            LOG(EV_CLIENT_GONE, KV("req", ((sl){ c->req, c->req_len })));
+            io_close(&c->fd);
+        }
+        break;
+    case C_WRITE:
+        conn_write_rest(c, now);
+        break;
+    case C_LINGER:
+        conn_discard(c);
+        break;
+    case C_FREE:
+        break;
+    }
+    if (c->state != C_FREE)
+        conn_watch(c);
+    return STEP_WAIT;
+}
+
+/* The oldest connection in [0, max) that holds no complete request. */
+static struct conn *conn_oldest_idle(void)
+{
+    struct conn *best = NULL;
+    for (size_t i = 0; i < (size_t)cfg.max_conns; i++) {
+        struct conn *c = &conn_pool[i];
+        if ((c->state == C_HEAD || c->state == C_BODY || c->state == C_LINGER)
+            && (!best || c->since < best->since))
+            best = c;
+    }
+    return best;
+}
+
+/* A free slot for a new client: the pool, else the oldest idle one's, else
+ * the lane for health checks. NULL: refuse. */
+static struct conn *conn_slot(bool is_metrics)
+{
+    size_t from = is_metrics ? LIM_CONN_CNT + LIM_LANE_CNT : 0;
+    size_t to = is_metrics ? LIM_SLOT_CNT : (size_t)cfg.max_conns;
+    for (size_t i = from; i < to; i++)
+        if (conn_pool[i].state == C_FREE)
+            return &conn_pool[i];
+    if (is_metrics)
+        return NULL;
+    struct conn *old = conn_oldest_idle();
+    if (old) {
+        LOG0(EV_CONN_FULL);
+        conn_close(old);
+        return old;
+    }
+    for (size_t i = (size_t)cfg.max_conns;
+         i < (size_t)cfg.max_conns + LIM_LANE_CNT; i++)
+        if (conn_pool[i].state == C_FREE)
+            return &conn_pool[i];
+    return NULL;
+}
+
+/* Adopt an accepted socket. */
+static void conn_open(int fd, bool is_metrics, int64_t now)
+{
+    struct conn *c = conn_slot(is_metrics);
+    if (!c) {
+        sl full = SL("HTTP/1.1 503 Service Unavailable\r\n"
+            "Connection: close\r\nContent-Length: 0\r\n\r\n");
+        LOG0(EV_CONN_FULL);
+        (void)!io_write(fd, full);
+        io_close(&fd);
+        return;
+    }
+    memset(c, 0, sizeof *c);
+    c->state = C_HEAD;
+    c->fd = fd;
+    c->since = now;
+    c->end = now + LIM_HEAD_MS;
+    met.gauge[GA_CONNECTIONS]++;
+    conn_watch(c);
+}
+
+/* GET /healthz: alive, and 503 from SIGTERM on. */
+static void srv_healthz(struct conn *c, int64_t now)
+{
+    conn_answer(c, &(struct answer){ srv_stopping ? 503 : 200, "",
+        { NULL, 0 } }, now);
+}
+
+/* GET /metrics, on its own listener. */
+static void srv_metrics(struct conn *c, int64_t now)
+{
+    static uint8_t text[LIM_BIG_LEN - 1024];
+    struct bb b = BB(text);
+    io_usage(&met.cpu_us, &met.resident);
+    met.gauge[GA_IDLE] = 0;
+    for (size_t i = 0; i < LIM_CHAN_CNT; i++)
+        met.gauge[GA_IDLE] += chan_pool[i].state == CHAN_IDLE;
+    met.gauge[GA_ANCHORS] = anchor_set[anchor_now].cnt;
+    met.gauge[GA_STOPPING] = srv_stopping > 0;
+    met_put(&b, &met);
+    conn_answer(c, &(struct answer){ b.over ? 500 : 200,
+        "Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n",
+        { text, b.over ? 0 : b.len } }, now);
+}
+
+static void srv_get_token(struct conn *c, int64_t now);
+static void srv_sfu_get(struct conn *c, int64_t now);
+
+static const struct route route_tab[] = {
+    { "/get_token", "Allow: OPTIONS, POST\r\n", M_POST, true, false,
+      RL_GET_TOKEN, srv_get_token },
+    { "/sfu/get", "Allow: OPTIONS, POST\r\n", M_POST, true, false,
+      RL_SFU_GET, srv_sfu_get },
+    { "/healthz", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, false,
+      RL_HEALTHZ, srv_healthz },
+    { "/metrics", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, true,
+      RL_METRICS, srv_metrics },
+    { NULL, NULL, 0, false, false, RL_OTHER, NULL },
+};
+
+/* ---- the token exchange ----------------------------------------------
+ * row state        waits for        success       failure
+ * X1  X_WAIT       a lookup slot    X2            429 after 20 s
+ * X2  X_LOOKUP     section 18       X3, X5, reply 401
+ * X3  X_ROOM_WAIT  an SFU slot      X4            500 after 10 s
+ * X4  X_ROOM       section 19       reply         X5 once, then 500
+ * X5  X_ROOM_PAUSE 200 ms           X4            -
+ */
+enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
+    X_ROOM_PAUSE };
+
+/* A token request's members; slices borrow from the request body. */
+struct request {
+    sl room_id, slot_id, room, device_id, delay_id;
+    sl member_id, claimed_user_id, claimed_device_id;
+    sl access_token, server_name, token_type;
+    struct js_int expires_in, delay_timeout;
+};
+
+/* One exchange; slot i serves conn i (INV-V2).
+ * owner:    exchange_pool
+ * lifetime: exchange_start to exchange_end */
+static struct exchange {
+    enum exchange_state state;
+    bool is_legacy, is_full, is_listed, has_retried;
+    struct request r;
+    struct name name;
+    uint64_t dest;
+    struct lookup *lookup;
+    struct up *up;
+    int64_t since, end;
+    uint8_t user_len, user[LIM_ID_LEN];
+    uint8_t alias[HASH_NAME_LEN];
+} exchange_pool[LIM_SLOT_CNT];
+
+#define AT(member) offsetof(struct request, member)
+static const struct js_field member_field[] = {
+    { "id", JS_STRING, AT(member_id), NULL },
+    { "claimed_user_id", JS_STRING, AT(claimed_user_id), NULL },
+    { "claimed_device_id", JS_STRING, AT(claimed_device_id), NULL },
+};
+static const struct js_table member_table = { member_field, 3, true, false };
+static const struct js_field openid_field[] = {
+    { "access_token", JS_STRING, AT(access_token), NULL },
+    { "matrix_server_name", JS_STRING, AT(server_name), NULL },
+    { "token_type", JS_STRING, AT(token_type), NULL },
+    { "expires_in", JS_INT, AT(expires_in), NULL },
+};
+static const struct js_table openid_table = { openid_field, 4, true, false };
+static const struct js_field get_token_field[] = {
+    { "room_id", JS_STRING, AT(room_id), NULL },
+    { "slot_id", JS_STRING, AT(slot_id), NULL },
+    { "member", JS_OBJECT, 0, &member_table },
+    { "openid_token", JS_OBJECT, 0, &openid_table },
+    { "delay_id", JS_STRING, AT(delay_id), NULL },
+    { "delay_timeout", JS_INT, AT(delay_timeout), NULL },
+    { "delay_cs_api_url", JS_ANY, 0, NULL },
+};
+static const struct js_table get_token_table = { get_token_field,
+    COUNT_OF(get_token_field), true, true };
+static const struct js_field sfu_get_field[] = {
+    { "room", JS_STRING, AT(room), NULL },
+    { "openid_token", JS_OBJECT, 0, &openid_table },
+    { "device_id", JS_STRING, AT(device_id), NULL },
+    { "delay_id", JS_STRING, AT(delay_id), NULL },
+    { "delay_timeout", JS_INT, AT(delay_timeout), NULL },
+    { "delay_cs_api_url", JS_ANY, 0, NULL },
+    { "remove_me_user_id", JS_ANY, 0, NULL },
+};
+static const struct js_table sfu_get_table = { sfu_get_field,
+    COUNT_OF(sfu_get_field), true, true };
+
+/* Members that must be there, in the order of PROTOCOL section 4. */
+static const struct { const char *text; size_t at; size_t cap;
+    bool in_new, in_legacy, optional; } field_tab[] = {
+    { "room_id", AT(room_id), LIM_ID_LEN, true, false, false },
+    { "slot_id", AT(slot_id), LIM_OTHER_LEN, true, false, false },
+    { "room", AT(room), LIM_ID_LEN, false, true, false },
+    { "member.id", AT(member_id), LIM_OTHER_LEN, true, false, false },
+    { "member.claimed_user_id", AT(claimed_user_id), LIM_ID_LEN, true, false,
+      false },
+    { "member.claimed_device_id", AT(claimed_device_id), LIM_OTHER_LEN, true,
+      false, false },
+    { "openid_token.access_token", AT(access_token), LIM_TOKEN_LEN, true,
+      true, false },
+    { "openid_token.matrix_server_name", AT(server_name), LIM_OTHER_LEN,
+      true, true, false },
+    { "device_id", AT(device_id), LIM_OTHER_LEN, false, true, true },
+};
+#undef AT
+
+static sl request_id(const struct conn *c)
+{
+    return (sl){ c->req, c->req_len };
+}
+
+/* Check presence and lengths; answers itself when it finds fault. */
+MUST_USE static bool request_check_fields(struct conn *c,
+    const struct exchange *x, int64_t now)
+{
+    char text[80];
+    for (size_t i = 0; i < COUNT_OF(field_tab); i++) {
+        if (!(x->is_legacy ? field_tab[i].in_legacy : field_tab[i].in_new))
+            continue;
+        sl v = *(const sl *)(const void *)((const uint8_t *)&x->r
+                                           + field_tab[i].at);
+        bool missing = v.len == 0 && !field_tab[i].optional;
+        if (!missing && v.len <= field_tab[i].cap)
+            continue;
+        snprintf(text, sizeof text, missing ? "Missing parameter: %s"
+            : "Parameter too long: %s", field_tab[i].text);
+        LOG(missing ? EV_FIELD_MISSING : EV_FIELD_LIMIT,
+            KV("req", request_id(c)), KV("field", sl_str(field_tab[i].text)));
+        conn_error(c, RE_BAD_JSON, text, now);
+        return false;
+    }
+    return true;
+}
+
+/* Check the delegation pair: both or neither, well-formed. */
+MUST_USE static bool request_check_delay(struct conn *c,
+    const struct request *r, int64_t now)
+{
+    bool has_id = r->delay_id.len > 0;
+    bool has_timeout = r->delay_timeout.is_set
+        && (r->delay_timeout.over || r->delay_timeout.v != 0);
+    bool bad_timeout = r->delay_timeout.over || r->delay_timeout.v < 0;
+    const char *text = NULL, *field = "delay_id";
+    if (has_id && !delay_id_check(r->delay_id)) {
+        text = "Invalid parameter: delay_id";
+    } else if (has_timeout && bad_timeout) {
+        text = "Invalid parameter: delay_timeout";
+        field = "delay_timeout";
+    } else if (has_id && !has_timeout) {
+        text = "Missing parameter: delay_timeout";
+        field = "delay_timeout";
+    } else if (!has_id && has_timeout) {
+        text = "Missing parameter: delay_id";
+    }
+    if (!text)
+        return true;
+    LOG(text[0] == 'M' ? EV_FIELD_MISSING : EV_FIELD_BAD,
+        KV("req", request_id(c)), KV("field", sl_str(field)));
+    conn_error(c, RE_BAD_JSON, text, now);
+    return false;
+}
+
+static bool request_delegates(const struct request *r)
+{
+    return r->delay_id.len > 0;
+}
+
+static void exchange_watch(struct exchange *x)
+{
+    loop_set(KIND_EXCHANGE, (size_t)(x - exchange_pool), -1, 0,
+        x->state == X_FREE ? INT64_MAX : x->end);
+}
+
+static struct conn *exchange_conn(const struct exchange *x)
+{
+    return &conn_pool[x - exchange_pool];
+}
+
+/* Wake the exchange that has waited longest in a state, of one server
+ * unless dest is 0. */
+static void exchange_wake(enum exchange_state state, uint64_t dest)
+{
+    struct exchange *best = NULL;
+    if (met.gauge[GA_WAITING] == 0)
+        return;
+    for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
+        struct exchange *x = &exchange_pool[i];
+        if (x->state == state && (dest == 0 || x->dest == dest)
+            && (!best || x->since < best->since))
+            best = x;
+    }
+    if (best)
+        loop_wake(KIND_EXCHANGE, (size_t)(best - exchange_pool));
+}
+
+static void exchange_drop(struct exchange *x, int64_t now)
+{
+    if (x->lookup) {
+        lookup_close(x->lookup, now);
+        x->lookup = NULL;
+        exchange_wake(X_WAIT, x->dest);
+        exchange_wake(X_WAIT, 0);
+    }
+    if (x->up) {
+        up_close(x->up, now);
+        x->up = NULL;
+        exchange_wake(X_ROOM_WAIT, 0);
+    }
+}
+
+static void exchange_set(struct exchange *x, enum exchange_state state)
+{
+    met.gauge[GA_WAITING] -= x->state == X_WAIT || x->state == X_ROOM_WAIT;
+    met.gauge[GA_WAITING] += state == X_WAIT || state == X_ROOM_WAIT;
+    x->state = state;
+    exchange_watch(x);
+}
+
+/* Free the exchange; the caller answers on its connection next. */
+static void exchange_end(struct exchange *x, int64_t now)
+{
+    exchange_drop(x, now);
+    exchange_set(x, X_FREE);
+    met.gauge[GA_EXCHANGES]--;
+}
+
+static void exchange_fail(struct exchange *x, enum event ev, enum reply re,
+    int64_t now)
+{
+    struct conn *c = exchange_conn(x);
+    if (ev != EV_NONE)
+        LOG(ev, KV("req", request_id(c)), KV("server", x->name.whole));
+    exchange_end(x, now);
+    conn_error(c, re, NULL, now);
+}
+
+/* The identity of the participant (PROTOCOL section 5), in work. */
+MUST_USE static bool exchange_identity(const struct exchange *x,
+    struct bb *work)
+{
+    sl user = { x->user, x->user_len };
+    if (x->is_legacy) {
+        bb_put(work, user);
+        bb_byte(work, ':');
+        bb_put(work, x->r.device_id);
+        return !work->over;
+    }
+    sl part[] = { user, x->r.claimed_device_id, x->r.member_id };
+    uint8_t name[HASH_NAME_LEN];
+    if (!jwt_hash_name(part, 3, name))
+        return false;
+    bb_put(work, (sl){ name, sizeof name });
+    return !work->over;
+}
+
+MUST_USE static bool exchange_alias(struct exchange *x)
+{
+    sl part[] = { x->is_legacy ? x->r.room : x->r.room_id,
+        x->is_legacy ? SL("m.call#ROOM") : x->r.slot_id };
+    return jwt_hash_name(part, 2, x->alias);
+}
+
+/* Sign the join token and answer. */
+static void exchange_grant(struct exchange *x, int64_t now)
+{
+    static uint8_t payload[16384], body[40960];
+    uint8_t identity[LIM_ID_LEN + 1 + LIM_OTHER_LEN], took[20];
+    struct conn *c = exchange_conn(x);
+    struct bb id = BB(identity), p = BB(payload), b = BB(body);
+    sl text, who;
+    bool ok = exchange_identity(x, &id) && bb_finish(&id, &who);
+    if (ok) {
+        struct grant g = { cfg.key[0].name, who,
+            { x->alias, HASH_NAME_LEN }, io_wall_ms() / 1000,
+            cfg.token_ttl_s, x->is_full || cfg.restricted_publish,
+            cfg.can_update };
+        jwt_put_join(&p, &g);
+        ok = bb_finish(&p, &text);
+    }
+    if (ok) {
+        bb_str(&b, "{\"url\":");
+        js_put_str(&b, cfg.livekit_url, false);
+        bb_str(&b, ",\"jwt\":\"");
+        jwt_sign(&b, &cfg.key[0].sec_key, text);
+        bb_str(&b, "\"}");
+        ok = bb_finish(&b, &text);
+    }
+    if (!ok) {
+        exchange_fail(x, EV_BUG_OVERFLOW, RE_INTERNAL, now);
+        return;
+    }
+    LOG(EV_GRANTED, KV("req", request_id(c)),
+        KV("route", sl_str(c->route->path)), KV("server", x->name.whole),
+        KV("full", x->is_full ? SL("true") : SL("false")),
+        KV("us", text_u64(took, (uint64_t)(io_now_us() - c->begin_us))));
+    exchange_end(x, now);
+    conn_answer(c, &(struct answer){ 200, "", text }, now);
+}
+
+/* The CreateRoom request of exchange idx. */
+static void lk_build_room(uint16_t idx, struct bb *b)
+{
+    uint8_t text[64];
+    struct bb body = BB(text);
+    pb_create_room(&body, (sl){ exchange_pool[idx].alias, HASH_NAME_LEN });
+    lk_put(b, "CreateRoom", (sl){ NULL, 0 }, (sl){ text, body.len },
+        request_id(&conn_pool[idx]));
+}
+
+/* Create the room on the SFU; only for full access. */
+static void exchange_room(struct exchange *x, int64_t now)
+{
+    must(x->is_full);
+    x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
+        lk_build_room, x->end, now);
+    exchange_set(x, x->up ? X_ROOM : X_ROOM_WAIT);
+}
+
+/* The homeserver vouched for x->user: decide what the user may have.
+ * GRANTS: room creation to full-access users, a token to the others. */
+static void exchange_verified(struct exchange *x, int64_t now)
+{
+    sl user = { x->user, x->user_len };
+    x->is_full = has_full_access(x->name.whole);
+    if (!x->is_legacy && !sl_eq(x->r.claimed_user_id, user))
+        exchange_fail(x, EV_CLAIM_MISMATCH, RE_UNAUTHORIZED, now);
+    else if (request_delegates(&x->r) && !x->is_full)
+        exchange_fail(x, EV_DELEGATION_RESTRICTED, RE_RESTRICTED, now);
+    else if (request_delegates(&x->r))
+        exchange_fail(x, EV_DELEGATION_OFF, RE_NO_DELEGATION, now);
+    else if (!exchange_alias(x))
+        exchange_fail(x, EV_BUG_OVERFLOW, RE_INTERNAL, now);
+    else if (!x->is_full)
+        exchange_grant(x, now);
+    else {
+        x->end = now + LIM_RPC_MS;
+        exchange_room(x, now);
+    }
+}
+
+/* The SFU answered, or not. */
+static void exchange_step_room(struct exchange *x, int64_t now)
+{
+    struct conn *c = exchange_conn(x);
+    struct up *u = x->up;
+    if (u->state != UP_DONE && u->state != UP_FAILED)
+        return;
+    bool passing = u->state == UP_FAILED ? u->why != EV_SSRF_DENIED
+        : u->head.status >= 500;
+    if (u->state == UP_DONE && u->head.status == 200) {
+        LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
+        exchange_drop(x, now);
+        exchange_grant(x, now);
+        return;
+    }
+    lk_log(u, request_id(c));
+    exchange_drop(x, now);
+    if (!passing || x->has_retried || now + LIM_RETRY_MS >= x->end) {
+        exchange_fail(x, EV_NONE, RE_SFU, now);
+        return;
+    }
+    x->has_retried = true;
+    x->since = now + LIM_RETRY_MS;      /* when the pause is over */
+    exchange_set(x, X_ROOM_PAUSE);
+    loop_set(KIND_EXCHANGE, (size_t)(x - exchange_pool), -1, 0, x->since);
+}
+
+static void exchange_step_lookup(struct exchange *x, int64_t now)
+{
+    struct lookup *l = x->lookup;
+    if (l->state == L_FAILED) {
+        exchange_fail(x, EV_NONE, RE_UNAUTHORIZED, now);
+    } else if (l->state == L_DONE) {
+        x->user_len = (uint8_t)l->user.len;
+        memcpy(x->user, l->user.p, l->user.len);
+        exchange_drop(x, now);
+        exchange_verified(x, now);
+    }
+}
+
+/* Start the lookup when a slot is free, else wait a second or a wake. */
+static void exchange_admit(struct exchange *x, int64_t now)
+{
+    struct conn *c = exchange_conn(x);
+    if (now >= x->since + cfg.lookup_ms) {
+        exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
+        return;
+    }
+    if (lookup_may_open(x->dest, x->is_listed))
+        x->lookup = lookup_open(KIND_EXCHANGE,
+            (uint16_t)(x - exchange_pool), &x->name, x->r.access_token,
+            request_id(c), now);
+    x->end = x->lookup ? INT64_MAX : now + 1000;
+    exchange_set(x, x->lookup ? X_LOOKUP : X_WAIT);
+}
+
+/* Move on after a wake or at the deadline. */
+static enum step exchange_step(size_t idx, int revents, int64_t now)
+{
+    struct exchange *x = &exchange_pool[idx];
+    (void)revents;
+    switch (x->state) {
+    case X_FREE:
+        break;
+    case X_WAIT:
+        exchange_admit(x, now);
+        break;
+    case X_LOOKUP:
+        exchange_step_lookup(x, now);
+        break;
+    case X_ROOM_WAIT:
+        if (now >= x->end)
+            exchange_fail(x, EV_CHAN_FULL, RE_SFU, now);
+        else
+            exchange_room(x, now);
+        break;
+    case X_ROOM:
+        exchange_step_room(x, now);
+        break;
+    case X_ROOM_PAUSE:
+        if (now >= x->since)
+            exchange_room(x, now);
+        break;
+    }
+    return STEP_WAIT;
+}
+
+/* Whether one more may wait for this server (SECURITY section 4). */
+static bool exchange_may_wait(const struct exchange *x)
+{
+    size_t strangers = 0, same = 0;
+    if (x->is_listed)
+        return true;
+    for (size_t i = 0; i < LIM_SLOT_CNT; i++)
+        if (exchange_pool[i].state == X_WAIT) {
+            strangers += !exchange_pool[i].is_listed;
+            same += exchange_pool[i].dest == x->dest;
+        }
+    return strangers < LIM_WAIT_STRANGER
+        && same < (cfg.is_open ? LIM_WAIT_OPEN : LIM_WAIT_DEST);
+}
+
+/* Whether a token can be put into a request line (T31). */
+static bool token_ok(sl token)
+{
+    for (size_t i = 0; i < token.len; i++)
+        if (token.p[i] < 0x21 || token.p[i] == 0x7f)
+            return false;
+    return true;
+}
+
+/* Steps 2 to 7 of PROTOCOL section 4, then the lookup. */
+static void exchange_start(struct conn *c, bool is_legacy, int64_t now)
+{
+    struct exchange *x = &exchange_pool[conn_idx(c)];
+    uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
+    must(x->state == X_FREE);
+    memset(x, 0, sizeof *x);
+    x->is_legacy = is_legacy;
+    x->since = now;
+    int err = js_parse(body, c->body.len,
+        is_legacy ? &sfu_get_table : &get_token_table, &x->r);
+    if (!err && x->r.expires_in.over)
+        err = -EV_JSON_TYPE;
+    if (err) {
+        LOG((enum event)-err, KV("req", request_id(c)));
+        conn_error(c, RE_NOT_JSON, NULL, now);
+        return;
+    }
+    if (!request_check_fields(c, x, now)
+        || !request_check_delay(c, &x->r, now))
+        return;
+    met.gauge[GA_EXCHANGES]++;
+    if (!name_parse(x->r.server_name, &x->name)) {
+        x->name.whole = x->r.server_name;
+        exchange_fail(x, EV_NAME_BAD, RE_UNAUTHORIZED, now);
+        return;
+    }
+    x->dest = dest_hash(x->name.whole);
+    x->is_listed = name_is_listed(x->name.whole);
+    if (name_denied(&x->name))
+        exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
+    else if (!token_ok(x->r.access_token))
+        exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
+    else if (!lookup_may_open(x->dest, x->is_listed)
+             && !exchange_may_wait(x))
+        exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
+    else
+        exchange_admit(x, now);
+}
+
+static void srv_get_token(struct conn *c, int64_t now)
+{
+    exchange_start(c, false, now);
+}
+
+static void srv_sfu_get(struct conn *c, int64_t now)
+{
+    exchange_start(c, true, now);
+}
+
+/* ==== 23 IO ======================== PART III: WORLD ==================
+ * Purpose  The system calls, each behind one function; EINTR is retried.
+ * INV-I1   connect(2) is called in io_connect only, on the address that
+ *          net_allowed judged.
+ */
+
+static int64_t io_clock(clockid_t id, int64_t per_second)
+{
+    struct timespec t;
+    clock_gettime(id, &t);
+    return (int64_t)t.tv_sec * per_second
+        + t.tv_nsec / (1000000000 / per_second);
+}
+
+static int64_t io_now(void)
+{
+    return io_clock(CLOCK_BOOTTIME, 1000);
+}
+
+static int64_t io_now_us(void)
+{
+    return io_clock(CLOCK_MONOTONIC, 1000000);
+}
+
+static int64_t io_wall_ms(void)
+{
+    return io_clock(CLOCK_REALTIME, 1000);
+}
+
+/* Fill p from the kernel's generator; without one there is no service. */
+static void io_random(void *p, size_t len)
+{
+    uint8_t *at = p;
+    while (len) {
+        long n = syscall(SYS_getrandom, at, len, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        must(n > 0);
+        at += n;
+        len -= (size_t)n;
+    }
+}
+
+static int io_statm_fd = -1;
+
+/* CPU time in microseconds, resident bytes (0 when /proc is missing). */
+static void io_usage(int64_t *cpu_us, int64_t *resident)
+{
+    char text[128];
+    *cpu_us = io_clock(CLOCK_PROCESS_CPUTIME_ID, 1000000);
+    *resident = 0;
+    ssize_t n = io_statm_fd < 0 ? 0
+        : pread(io_statm_fd, text, sizeof text, 0);
+    sl rest = { (uint8_t *)text, n > 0 ? (size_t)n : 0 }, word;
+    uint64_t pages;
+    if (sl_word(&rest, " \n", &word) && sl_word(&rest, " \n", &word)
+        && sl_u64(word, INT32_MAX, &pages))
+        *resident = (int64_t)pages * sysconf(_SC_PAGESIZE);
+}
+
+static socklen_t io_sockaddr(const struct addr *a,
+    struct sockaddr_storage *out)
+{
+    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)(void *)out;
+    struct sockaddr_in *v4 = (struct sockaddr_in *)(void *)out;
+    memset(out, 0, sizeof *out);
+    if (a->ip.v6) {
+        v6->sin6_family = AF_INET6;
+        v6->sin6_port = htons(a->port);
+        memcpy(&v6->sin6_addr, a->ip.b, 16);
+        return sizeof *v6;
+    }
+    v4->sin_family = AF_INET;
+    v4->sin_port = htons(a->port);
+    memcpy(&v4->sin_addr, a->ip.b, 4);
+    return sizeof *v4;
+}
+
+static void io_nodelay(int fd)
+{
+    int one = 1;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+}
+
+/* The next waiting client: its descriptor, or -errno. */
+static int io_accept(int listener)
+{
+    int fd;
+    do
+        fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    while (fd < 0 && (errno == EINTR || errno == ECONNABORTED));
+    if (fd < 0)
+        return -errno;
+    io_nodelay(fd);
+    return fd;
+}
+
+/* Begin a connection. Returns the descriptor; -EACCES: denied by policy. */
+static int io_connect(const struct addr *a, const struct trust *t, bool udp)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = io_sockaddr(a, &sa);
+    if (!net_allowed(a, t))
+        return -EACCES;
+    int fd = socket(sa.ss_family, (udp ? SOCK_DGRAM : SOCK_STREAM)
+        | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return errno == EACCES ? -EPERM : -errno;
+    if (!udp)
+        io_nodelay(fd);
+    if (connect(fd, (struct sockaddr *)&sa, len) < 0 && errno != EINPROGRESS
+        && errno != EINTR) {
+        int err = errno == EACCES ? EPERM : errno;
+        close(fd);
+        return -err;
+    }
+    return fd;
+}
+
+/* How a pending connection ended: 0 or -errno. */
+static int io_connected(int fd)
+{
+    int err = 0;
+    socklen_t len = sizeof err;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &len) < 0)
+        return -errno;
+    return -err;
+}
+
+static ssize_t io_read(int fd, uint8_t *p, size_t len)
+{
+    ssize_t n;
+    do
+        n = read(fd, p, len);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+static ssize_t io_write(int fd, sl s)
+{
+    ssize_t n;
+    do
+        n = write(fd, s.p, s.len);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+static void io_shutdown(int fd)
+{
+    (void)shutdown(fd, SHUT_WR);
+}
+
+static void io_close(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* Write a line to stderr, or count it as lost: a full pipe must not stop
+ * the loop. A pipe that polls writable takes a line of 2 KB whole. */
+static void io_log(sl line)
+{
+    struct pollfd p = { 2, POLLOUT, 0 };
+    if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT)
+        || io_write(2, line) < 0)
+        met.log_lost++;
+}
+
+/* A file that is re-read when it changes. */
+struct watched {
+    const char *path;
+    int64_t checked;
+    struct timespec mtime;
+    ino_t ino;
+    off_t size;
+    bool is_read;
+};
+
+/* Read a whole file into buf. Returns its length, at most cap, or -errno. */
+static ssize_t io_read_file(const char *path, uint8_t *buf, size_t cap)
+{
+    size_t len = 0;
+    ssize_t n = 0;
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    while (len < cap && (n = io_read(fd, buf + len, cap - len)) > 0)
+        len += (size_t)n;
+    close(fd);
+    return n < 0 ? n : (ssize_t)len;
+}
+
+/* Whether a watched file is new since the last call; looked at once a
+ * second at most. */
+static bool io_changed(struct watched *w)
+{
+    struct stat st;
+    int64_t now = io_now();
+    if (w->is_read && now < w->checked + 1000)
+        return false;
+    w->checked = now;
+    if (stat(w->path, &st) < 0)
+        memset(&st, 0, sizeof st);
+    bool same = w->is_read && st.st_ino == w->ino && st.st_size == w->size
+        && st.st_mtim.tv_sec == w->mtime.tv_sec
+        && st.st_mtim.tv_nsec == w->mtime.tv_nsec;
+    w->is_read = true;
+    w->ino = st.st_ino;
+    w->size = st.st_size;
+    w->mtime = st.st_mtim;
+    return !same;
+}
+
+/* Text of the hosts file, empty when there is none. */
+static sl io_hosts(void)
+{
+    static struct watched w;
+    static uint8_t text[LIM_HOSTS_LEN];
+    static size_t len;
+    w.path = cfg.hosts_file.len ? (const char *)cfg.hosts_file.p
+        : "/etc/hosts";
+    if (io_changed(&w)) {
+        ssize_t n = io_read_file(w.path, text, sizeof text);
+        len = n > 0 ? (size_t)n : 0;
+        LOG(EV_FILES_READ, KV("file", sl_str(w.path)),
+            KV("error", n < 0 ? sl_str(strerror((int)-n))
+                              : (sl){ NULL, 0 }));
+    }
+    return (sl){ text, len };
+}
+
+/* The nameservers: LKJWT_RESOLVER, else resolv.conf as it is now. */
+static const struct resolv *io_resolv(void)
+{
+    static struct watched w = { .path = "/etc/resolv.conf" };
+    static struct resolv r;
+    uint8_t text[8192];
+    if (cfg.has_resolver)
+        return &cfg.resolver;
+    if (io_changed(&w)) {
+        ssize_t n = io_read_file(w.path, text, sizeof text);
+        cf_resolv_parse((sl){ text, n > 0 ? (size_t)n : 0 }, &r);
+        LOG(EV_FILES_READ, KV("file", sl_str(w.path)),
+            KV("error", n < 0 ? sl_str(strerror((int)-n))
+                              : (sl){ NULL, 0 }));
+    }
+    return &r;
+}
+
+/* A listening socket for a bind value; -errno. Both families are tried for
+ * a bare port where IPv6 is missing. */
+static int io_listen(const struct addr *a, bool is_dual)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = io_sockaddr(a, &sa);
+    int one = 1, only = !is_dual;
+    int fd = socket(sa.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+        0);
+    if (fd < 0)
+        return -errno;
+    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (a->ip.v6)
+        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, sizeof only);
+    if (bind(fd, (struct sockaddr *)&sa, len) < 0 || listen(fd, 1024) < 0) {
+        int err = errno;
+        close(fd);
+        return -err;
+    }
+    return fd;
+}
+
+/* Fill a unix socket address. False: the path is too long. */
+static bool io_unix_addr(sl path, struct sockaddr_un *out)
+{
+    memset(out, 0, sizeof *out);
+    out->sun_family = AF_UNIX;
+    if (path.len >= sizeof out->sun_path)
+        return false;
+    memcpy(out->sun_path, path.p, path.len);
+    return true;
+}
+
+/* Listen on a unix socket, mode 0666 less the umask. A stale socket that
+ * nobody listens on is removed first. */
+static int io_listen_unix(sl path)
+{
+    struct sockaddr_un sa;
+    if (!io_unix_addr(path, &sa))
+        return -ENAMETOOLONG;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    struct stat st;
+    if (stat(sa.sun_path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+        int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (probe >= 0 && connect(probe, (struct sockaddr *)&sa, sizeof sa)
+            < 0 && errno == ECONNREFUSED)
+            (void)unlink(sa.sun_path);
+        if (probe >= 0)
+            close(probe);
+    }
+    mode_t mask = umask(0);
+    (void)umask(mask);
+    if (bind(fd, (struct sockaddr *)&sa, sizeof sa) < 0
+        || chmod(sa.sun_path, 0666 & ~mask) < 0 || listen(fd, 1024) < 0) {
+        int err = errno;
+        close(fd);
+        return -err;
+    }
+    return fd;
+}
+
+/* The port a listener got, for :0. */
+static uint16_t io_port(int fd)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = sizeof sa;
+    if (getsockname(fd, (struct sockaddr *)&sa, &len) < 0)
+        return 0;
+    return ntohs(sa.ss_family == AF_INET6
+        ? ((struct sockaddr_in6 *)(void *)&sa)->sin6_port
+        : ((struct sockaddr_in *)(void *)&sa)->sin_port);
+}
+
+/* ==== 24 CONFIG ==================== PART III: WORLD ==================
+ * Purpose  The environment, as one table; the files it names; the trust
+ *          anchors. All faults are told at once.
+ * Trust    The operator's. Values of secrets are never printed.
+ */
+
+static uint8_t cfg_text[LIM_CONFIG_LEN];     /* values read from files */
+static size_t cfg_text_len;
+static unsigned cfg_fault_cnt;
+static uint8_t file_buf[LIM_FILE_LEN];
+
+enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
+    ENV_LIST, ENV_OVERRIDE, ENV_LATER };
+
+#define TO(member) &cfg.member
+/* X(name, kind, target, count, min, max, scale, default, help) */
+#define ENV_TAB(X) \
+    X(LIVEKIT_URL, ENV_OTHER, NULL, NULL, 0, 0, 0, "required", \
+      "URL of the SFU given to clients: ws(s):// or http(s)://") \
+    X(LIVEKIT_KEY, ENV_SECRET, NULL, NULL, 0, 0, 0, "required", \
+      "API key of the SFU") \
+    X(LIVEKIT_SECRET, ENV_SECRET, NULL, NULL, 0, 0, 0, "required", \
+      "API secret of the SFU, 32 bytes or more") \
+    X(LIVEKIT_KEY_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file holding the API key; wins over LIVEKIT_KEY") \
+    X(LIVEKIT_SECRET_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file holding the API secret; wins over LIVEKIT_SECRET") \
+    X(LIVEKIT_KEY_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file of `key: secret` lines; the first pair signs; wins over all") \
+    X(LIVEKIT_FULL_ACCESS_HOMESERVERS, ENV_LIST, TO(full_access), \
+      TO(full_access_cnt), 0, 0, 0, "required", \
+      "server names whose users may create rooms; `*` alone: everyone") \
+    X(LIVEKIT_JWT_BIND, ENV_OTHER, NULL, NULL, 0, 0, 0, ":8080", \
+      ":port, host:port, [v6]:port, unix:/path or /path") \
+    X(LIVEKIT_JWT_PORT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "deprecated: the port of LIVEKIT_JWT_BIND") \
+    X(LIVEKIT_LOG_LEVEL, ENV_OTHER, NULL, NULL, 0, 0, 0, "info", \
+      "debug, info, warning or error") \
+    X(LIVEKIT_INSECURE_SKIP_VERIFY_TLS, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "YES_I_KNOW_WHAT_I_AM_DOING turns certificate checks off") \
+    X(LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS, ENV_NUMBER, TO(sanity_s), NULL, \
+      0, 86400, 1, "0", "interval of delegated-leave checks; 0 is off") \
+    X(LIVEKIT_CS_API_URL_OVERRIDES, ENV_OVERRIDE, TO(cs), TO(cs_cnt), \
+      0, 0, 0, "", "name=url,...: client-server API of a homeserver") \
+    X(LIVEKIT_CAN_UPDATE_OWN_METADATA, ENV_FLAG, TO(can_update), NULL, \
+      0, 0, 0, "true", "grant canUpdateOwnMetadata") \
+    X(LKJWT_FEDERATION_API_URL_OVERRIDES, ENV_OVERRIDE, TO(fed), \
+      TO(fed_cnt), 0, 0, 0, "", \
+      "name=url,...: where to ask for a homeserver's users") \
+    X(LKJWT_RESTRICTED_CAN_PUBLISH, ENV_FLAG, TO(restricted_publish), NULL, \
+      0, 0, 0, "false", "restricted users may publish") \
+    X(LKJWT_LIVEKIT_API_URL, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "URL of the SFU for our own calls, instead of LIVEKIT_URL") \
+    X(LKJWT_PATH_PREFIX, ENV_TEXT, TO(prefix), NULL, 0, 0, 0, "", \
+      "path prefix that the proxy leaves in, such as /livekit/jwt") \
+    X(LKJWT_ALLOWED_HOMESERVERS, ENV_LIST, TO(allowed), TO(allowed_cnt), \
+      0, 0, 0, "", "only these server names are looked up; *.suffix") \
+    X(LKJWT_BLOCKED_HOMESERVERS, ENV_LIST, TO(blocked), TO(blocked_cnt), \
+      0, 0, 0, "", "these server names are refused; *.suffix") \
+    X(LKJWT_ALLOW_NETWORKS, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "CIDRs that any homeserver may lie in") \
+    X(LKJWT_PRIVATE_NETWORKS, ENV_OTHER, NULL, NULL, 0, 0, 0, "auto", \
+      "deny: no private address but by LKJWT_ALLOW_NETWORKS") \
+    X(SSL_CERT_FILE, ENV_TEXT, TO(cert_file), NULL, 0, 0, 0, "", \
+      "PEM file of trust anchors, instead of the system's bundle") \
+    X(SSL_CERT_DIR, ENV_TEXT, TO(cert_dir), NULL, 0, 0, 0, "", \
+      "folders of PEM files, instead of the system's; colons between") \
+    X(LKJWT_CA_FILE, ENV_TEXT, TO(ca_file), NULL, 0, 0, 0, "", \
+      "PEM file of further trust anchors") \
+    X(LKJWT_CA_ONLY, ENV_FLAG, TO(ca_only), NULL, 0, 0, 0, "false", \
+      "trust only the files named here") \
+    X(LKJWT_RESOLVER, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "ip[:port],...: nameservers instead of /etc/resolv.conf") \
+    X(LKJWT_HOSTS_FILE, ENV_TEXT, TO(hosts_file), NULL, 0, 0, 0, \
+      "/etc/hosts", "hosts file") \
+    X(LKJWT_METRICS_BIND, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "listener for GET /metrics; off when unset") \
+    X(LKJWT_LOG_FORMAT, ENV_OTHER, NULL, NULL, 0, 0, 0, "logfmt", \
+      "logfmt or json") \
+    X(LKJWT_TOKEN_TTL_S, ENV_NUMBER, TO(token_ttl_s), NULL, 60, 86400, 1, \
+      "3600", "lifetime of join tokens, seconds") \
+    X(LKJWT_MAX_BODY, ENV_NUMBER, TO(max_body), NULL, 1024, LIM_BODY_LEN, \
+      1, "65536", "request body limit, bytes") \
+    X(LKJWT_MAX_CONNS, ENV_NUMBER, TO(max_conns), NULL, 1, LIM_CONN_CNT, 1, \
+      "1024", "client connections") \
+    X(LKJWT_KEEPALIVE_S, ENV_NUMBER, TO(keepalive_ms), NULL, 1, 86400, \
+      1000, "650", "idle client connections are closed after, seconds") \
+    X(LKJWT_LOOKUP_TIMEOUT_S, ENV_NUMBER, TO(lookup_ms), NULL, 1, 60, 1000, \
+      "20", "a homeserver lookup in all, seconds") \
+    X(LKJWT_LOOKUPS_MAX, ENV_NUMBER, TO(lookups_max), NULL, 1, LIM_UP_CNT, \
+      1, "192", "homeserver lookups at once") \
+    X(LKJWT_LOOKUPS_PER_SERVER, ENV_NUMBER, TO(lookups_per_server), NULL, \
+      1, LIM_DEST_CNT, 1, "16", "of them per server not named here") \
+    X(LKJWT_LAME_DUCK_S, ENV_NUMBER, TO(lame_duck_ms), NULL, 0, 600, 1000, \
+      "0", "seconds from SIGTERM to the end of accepting") \
+    X(LKJWT_DRAIN_S, ENV_NUMBER, TO(drain_ms), NULL, 0, 600, 1000, "7", \
+      "seconds for requests in flight after that") \
+    X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "yes: short secrets, `*`, TLS-off and ws:// to a public host are fatal") \
+    X(LIVEKIT_REDIS_URL, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: delegated leave") \
+    X(LIVEKIT_REDIS_PASSWORD, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: delegated leave") \
+    X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: delegated leave") \
+    X(LIVEKIT_AS_TOKEN, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: application service") \
+    X(LIVEKIT_HS_TOKEN, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: application service") \
+    X(LIVEKIT_AS_REGISTRATION_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: application service") \
+    X(LIVEKIT_HS_SERVER_NAME, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+      "has no effect in this version: application service") \
+    X(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS, ENV_LATER, NULL, NULL, \
+      0, 0, 0, "", "has no effect in this version: application service")
+
+static const struct env_row {
+    const char *name;
+    enum env_kind kind;
+    void *to;
+    size_t *cnt;
+    int64_t min, max, scale;
+    const char *def, *help;
+} env_tab[] = {
+#define X(name, kind, to, cnt, min, max, scale, def, help) \
+    { #name, kind, to, cnt, min, max, scale, def, help },
+    ENV_TAB(X)
+#undef X
+};
+
+/* Old or rival names, used when the current one is unset. */
+static const struct { const char *old, *name; } env_alias_tab[] = {
+    { "LK_JWT_PORT", "LIVEKIT_JWT_PORT" },
+    { "LIVEKIT_LOCAL_HOMESERVERS", "LIVEKIT_FULL_ACCESS_HOMESERVERS" },
+    { "LIVEKIT_API_KEY", "LIVEKIT_KEY" },
+    { "LIVEKIT_API_SECRET", "LIVEKIT_SECRET" },
+};
+
+static void cfg_say(enum event ev, const char *name, const char *text)
+{
+    LOG(ev, KV("var", sl_str(name)), KV("detail", sl_str(text)));
+    cfg_fault_cnt += ev == EV_CONFIG_BAD;
+}
+
+/* The value of a variable; empty counts as unset. */
+static sl env_get(const char *name)
+{
+    sl v = sl_str(getenv(name));
+    for (size_t i = 0; v.len == 0 && i < COUNT_OF(env_alias_tab); i++)
+        if (strcmp(env_alias_tab[i].name, name) == 0)
+            v = sl_str(getenv(env_alias_tab[i].old));
+    return v;
+}
+
+/* A file's trimmed text, kept. False: unreadable or no room; told. */
+MUST_USE static bool cfg_read_value(const char *name, sl path, sl *out)
+{
+    size_t room = sizeof cfg_text - cfg_text_len;
+    ssize_t n = io_read_file((const char *)path.p, cfg_text + cfg_text_len,
+        room);
+    if (n < 0 || (size_t)n == room) {
+        cfg_say(EV_CONFIG_BAD, name, n < 0 ? strerror((int)-n)
+                                           : "file too large");
+        return false;
+    }
+    *out = sl_trim((sl){ cfg_text + cfg_text_len, (size_t)n });
+    cfg_text_len += (size_t)n;
+    return true;
+}
+
+static void cfg_flag(const struct env_row *r, sl v)
+{
+    sl text = v.len ? v : sl_str(r->def);
+    *(bool *)r->to = sl_eq(text, SL("true"));
+    if (!sl_eq(text, SL("true")) && !sl_eq(text, SL("false")))
+        cfg_say(EV_CONFIG_BAD, r->name, "must be true or false");
+}
+
+static void cfg_number(const struct env_row *r, sl v)
+{
+    uint64_t n;
+    char text[80];
+    if (!sl_u64(v.len ? v : sl_str(r->def), (uint64_t)r->max, &n)
+        || (int64_t)n < r->min) {
+        snprintf(text, sizeof text, "must be a whole number from %lld to %lld",
+            (long long)r->min, (long long)r->max);
+        cfg_say(EV_CONFIG_BAD, r->name, text);
+        return;
+    }
+    *(int64_t *)r->to = (int64_t)n * r->scale;
+}
+
+static void cfg_list(const struct env_row *r, sl v)
+{
+    sl word;
+    while (sl_word(&v, ", \t\r\n", &word)) {
+        if (*r->cnt == LIM_LIST_CNT) {
+            cfg_say(EV_CONFIG_BAD, r->name, "too many entries");
+            return;
+        }
+        ((sl *)r->to)[(*r->cnt)++] = word;
+    }
+}
+
+/* Parse a base URL. `tls` is what a missing scheme means. */
+MUST_USE static bool cfg_base(sl text, bool tls, struct base *out)
+{
+    *out = (struct base){ .text = text };
+    if (!url_parse(sl_trim(text), &out->url))
+        return false;
+    sl scheme = out->url.scheme;
+    if (sl_ieq(scheme, SL("https")) || sl_ieq(scheme, SL("wss")))
+        tls = true;
+    else if (sl_ieq(scheme, SL("http")) || sl_ieq(scheme, SL("ws")))
+        tls = false;
+    else if (scheme.len)
+        return false;
+    out->is_tls = tls;
+    out->port = out->url.name.port ? out->url.name.port : tls ? 443 : 80;
+    return true;
+}
+
+static void cfg_overrides(const struct env_row *r, sl v)
+{
+    struct override *tab = r->to;
+    struct name n;
+    while (v.len) {
+        size_t cut = sl_find(v, ',');
+        sl entry = sl_trim((sl){ v.p, cut });
+        v = sl_skip(v, cut + 1);
+        if (entry.len == 0)
+            continue;
+        size_t eq = sl_find(entry, '=');
+        sl name = sl_trim((sl){ entry.p, eq });
+        sl url = sl_trim(sl_skip(entry, eq + 1));
+        if (*r->cnt == LIM_LIST_CNT) {
+            cfg_say(EV_CONFIG_BAD, r->name, "too many entries");
+            return;
+        }
+        struct override *o = &tab[*r->cnt];
+        if (eq == entry.len || !name_parse(name, &n)
+            || !cfg_base(url, true, &o->base)
+            || sl_starts(o->base.url.scheme, SL("ws"))) {
+            cfg_say(EV_CONFIG_BAD, r->name,
+                "entries must be server_name=http(s)://host[:port][/path]");
+            return;
+        }
+        o->name = name;
+        (*r->cnt)++;
+    }
+}
+
+/* Parse one bind value (PROTOCOL section 14). */
+MUST_USE static bool cfg_bind(sl v, struct bind *out)
+{
+    uint64_t port;
+    *out = (struct bind){ .is_unix = false };
+    if (sl_starts(v, SL("unix:")) || sl_starts(v, SL("/"))) {
+        out->is_unix = true;
+        out->path = sl_starts(v, SL("unix:")) ? sl_skip(v, 5) : v;
+        return out->path.len > 0 && out->path.p[0] == '/';
+    }
+    size_t colon = v.len;
+    while (colon > 0 && v.p[colon - 1] != ':')
+        colon--;
+    if (!sl_u64(sl_skip(v, colon), 65535, &port))
+        return false;
+    sl host = { v.p, colon ? colon - 1 : 0 };
+    out->addr.port = (uint16_t)port;
+    out->host = host;
+    if (host.len == 0) {
+        out->is_any = out->is_dual = true;
+        out->addr.ip.v6 = true;
+        return true;
+    }
+    static const uint8_t zero[16];
+    bool bracket = host.p[0] == '[' && host.p[host.len - 1] == ']';
+    if (ip_parse(bracket ? (sl){ host.p + 1, host.len - 2 } : host,
+                 &out->addr.ip)) {
+        out->is_any = memcmp(out->addr.ip.b, zero, 16) == 0;
+        out->is_dual = out->is_any && out->addr.ip.v6;
+        out->host = (sl){ NULL, 0 };
+        return bracket == out->addr.ip.v6;
+    }
+    for (int v6 = 0; v6 < 2; v6++)
+        if (cf_hosts_find(io_hosts(), host, v6, &out->addr.ip, 1))
+            return true;
+    out->addr.ip = (struct ip){ .b = { 127, 0, 0, 1 } };
+    return sl_ieq(host, SL("localhost"));
+}
+
+static void cfg_binds(void)
+{
+    sl bind = env_get("LIVEKIT_JWT_BIND"), port = env_get("LIVEKIT_JWT_PORT");
+    uint64_t n;
+    if (port.len && bind.len)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_JWT_PORT",
+            "set together with LIVEKIT_JWT_BIND; keep one");
+    else if (port.len)
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_JWT_PORT",
+            "deprecated, use LIVEKIT_JWT_BIND=:port");
+    if (port.len && !sl_u64(port, 65535, &n))
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_JWT_PORT", "must be a port");
+    else if (!cfg_bind(port.len ? port : bind.len ? bind : SL(":8080"),
+                       &cfg.bind))
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_JWT_BIND",
+            "must be :port, host:port, [v6]:port, unix:/path or /path");
+    sl metrics = env_get("LKJWT_METRICS_BIND");
+    cfg.has_metrics = metrics.len > 0;
+    if (cfg.has_metrics && !cfg_bind(metrics, &cfg.metrics))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_METRICS_BIND",
+            "must be :port, host:port, [v6]:port, unix:/path or /path");
+}
+
+static void cfg_add_key(sl name, sl sec_value)
+{
+    if (cfg.key_cnt == LIM_KEY_CNT) {
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_KEY_FILE", "too many keys");
+        return;
+    }
+    if (!utf8_check(name) || name.len > LIM_OTHER_LEN / 2)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_KEY", "not UTF-8 or too long");
+    if (sec_value.len < 32)
+        cfg_say(cfg.strict ? EV_CONFIG_BAD : EV_CONFIG_WARN,
+            "LIVEKIT_SECRET", "under 32 bytes: guessable offline");
+    cfg.key[cfg.key_cnt].name = name;
+    br_hmac_key_init(&cfg.key[cfg.key_cnt++].sec_key, &br_sha256_vtable,
+        sec_value.p, sec_value.len);
+}
+
+/* Pairs of a key file. The text stays: names point into it; secrets are
+ * wiped. */
+static void cfg_key_file(sl path)
+{
+    sl text, name, value;
+    if (!cfg_read_value("LIVEKIT_KEY_FILE", path, &text))
+        return;
+    while (text.len) {
+        size_t n = sl_find(text, '\n');
+        int got = cf_key_line((sl){ text.p, n }, &name, &value);
+        text = sl_skip(text, n + 1);
+        if (got < 0) {
+            cfg_say(EV_CONFIG_BAD, "LIVEKIT_KEY_FILE",
+                "every line must be `key: secret` with exactly one colon");
+            return;
+        }
+        if (got == 0)
+            continue;
+        cfg_add_key(name, value);
+        wipe((uint8_t *)(uintptr_t)value.p, value.len);
+    }
+    if (cfg.key_cnt == 0)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_KEY_FILE", "holds no key");
+}
+
+/* One half of the pair, from its file or variable. */
+static sl cfg_key_part(const char *name, const char *file_name)
+{
+    sl path = env_get(file_name), v = { NULL, 0 };
+    if (path.len) {
+        if (cfg_read_value(file_name, path, &v) && v.len == 0)
+            cfg_say(EV_CONFIG_BAD, file_name, "file is empty");
+        return v;
+    }
+    v = sl_trim(env_get(name));
+    if (v.len == 0)
+        cfg_say(EV_CONFIG_BAD, name, "required: set it, its _FROM_FILE, or "
+            "LIVEKIT_KEY_FILE");
+    return v;
+}
+
+static void cfg_keys(void)
+{
+    sl file = env_get("LIVEKIT_KEY_FILE");
+    if (file.len) {
+        cfg_key_file(file);
+    } else {
+        sl name = cfg_key_part("LIVEKIT_KEY", "LIVEKIT_KEY_FROM_FILE");
+        sl value = cfg_key_part("LIVEKIT_SECRET",
+            "LIVEKIT_SECRET_FROM_FILE");
+        if (name.len && value.len)
+            cfg_add_key(name, value);
+    }
+}
+
+/* Overwrite the secrets in the environment and in file texts. */
+static void cfg_wipe(void)
+{
+    static const char *const name[] = { "LIVEKIT_SECRET",
+        "LIVEKIT_API_SECRET", "LIVEKIT_REDIS_PASSWORD", "LIVEKIT_REDIS_URL",
+        "LIVEKIT_AS_TOKEN", "LIVEKIT_HS_TOKEN" };
+    for (size_t i = 0; i < COUNT_OF(name); i++) {
+        char *v = getenv(name[i]);
+        if (v)
+            wipe(v, strlen(v));
+    }
+    wipe(file_buf, sizeof file_buf < 65536 ? sizeof file_buf : 65536);
+}
+
+static void cfg_livekit_url(void)
+{
+    sl v = env_get("LIVEKIT_URL"), api = env_get("LKJWT_LIVEKIT_API_URL");
+    struct base b = { .is_tls = false };
+    const char *range;
+    cfg.livekit_url = v;
+    if (v.len == 0) {
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_URL", "required");
+    } else if (!cfg_base(v, false, &b)) {
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_URL",
+            "must be ws(s):// or http(s)://host[:port][/path]");
+    } else {
+        if (b.url.scheme.len == 0)
+            cfg_say(EV_CONFIG_WARN, "LIVEKIT_URL",
+                "no scheme: clients need wss://");
+        if (b.url.has_query)
+            cfg_say(EV_CONFIG_WARN, "LIVEKIT_URL",
+                "query or fragment is dropped in our own calls");
+        if (cfg.strict && !b.is_tls && (!b.url.name.is_ip
+            || ip_range(b.url.name.ip, &range) == RANGE_PUBLIC))
+            cfg_say(EV_CONFIG_BAD, "LIVEKIT_URL",
+                "LKJWT_STRICT: not encrypted to a public host");
+    }
+    cfg.api = b;
+    if (api.len && !cfg_base(api, false, &cfg.api))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_LIVEKIT_API_URL",
+            "must be ws(s):// or http(s)://host[:port][/path]");
+}
+
+static void cfg_access(void)
+{
+    struct name n;
+    size_t stars = 0;
+    for (size_t i = 0; i < cfg.full_access_cnt; i++) {
+        bool star = sl_eq(cfg.full_access[i], SL("*"));
+        stars += star;
+        if (!star && !name_parse(cfg.full_access[i], &n))
+            cfg_say(EV_CONFIG_WARN, "LIVEKIT_FULL_ACCESS_HOMESERVERS",
+                "holds what is no server name; it matches nothing");
+    }
+    cfg.is_open = stars == 1 && cfg.full_access_cnt == 1;
+    if (cfg.full_access_cnt == 0)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_FULL_ACCESS_HOMESERVERS",
+            "required: server names, or `*` for everyone");
+    else if (cfg.is_open)
+        cfg_say(cfg.strict ? EV_CONFIG_BAD : EV_CONFIG_WARN,
+            "LIVEKIT_FULL_ACCESS_HOMESERVERS",
+            "`*`: users of every homeserver may create rooms");
+    else if (stars)
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_FULL_ACCESS_HOMESERVERS",
+            "`*` beside other entries matches nothing");
+    if (cfg.is_open && !cfg.private_deny)
+        LOG0(EV_PRIVATE_OPEN);
+}
+
+static void cfg_networks(void)
+{
+    sl v = env_get("LKJWT_ALLOW_NETWORKS"), word;
+    while (sl_word(&v, ", \t\r\n", &word))
+        if (cfg.network_cnt == LIM_LIST_CNT
+            || !cidr_parse(word, &cfg.network[cfg.network_cnt++])) {
+            cfg_say(EV_CONFIG_BAD, "LKJWT_ALLOW_NETWORKS",
+                "must be address[/bits], commas between");
+            return;
+        }
+    v = env_get("LKJWT_PRIVATE_NETWORKS");
+    cfg.private_deny = sl_eq(v, SL("deny"));
+    if (v.len && !cfg.private_deny && !sl_eq(v, SL("auto")))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_PRIVATE_NETWORKS",
+            "must be auto or deny");
+}
+
+static void cfg_resolver(void)
+{
+    sl v = env_get("LKJWT_RESOLVER"), word;
+    cfg.resolver = (struct resolv){ .ndots = 1, .attempts = 2,
+        .timeout_ms = 1500 };
+    while (sl_word(&v, ", \t\r\n", &word)) {
+        struct resolv *r = &cfg.resolver;
+        if (r->server_cnt == LIM_SERVER_CNT
+            || !addr_parse(word, 53, &r->server[r->server_cnt++])) {
+            cfg_say(EV_CONFIG_BAD, "LKJWT_RESOLVER",
+                "must be up to 3 of ip[:port], commas between");
+            return;
+        }
+        cfg.has_resolver = true;
+    }
+}
+
+/* Words of a fixed set, and what follows from them. */
+static void cfg_words(void)
+{
+    sl v = env_get("LIVEKIT_LOG_LEVEL");
+    cfg.log_level = v.len == 0 || sl_ieq(v, SL("info")) ? 'i'
+        : sl_ieq(v, SL("debug")) ? 'd' : sl_ieq(v, SL("error")) ? 'e'
+        : sl_ieq(v, SL("warn")) || sl_ieq(v, SL("warning")) ? 'w' : 0;
+    if (!cfg.log_level) {
+        cfg.log_level = 'i';
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_LOG_LEVEL",
+            "unknown level, info is used");
+    }
+    v = env_get("LKJWT_LOG_FORMAT");
+    cfg.log_json = sl_eq(v, SL("json"));
+    if (v.len && !cfg.log_json && !sl_eq(v, SL("logfmt")))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_LOG_FORMAT", "must be logfmt or json");
+    v = env_get("LKJWT_STRICT");
+    cfg.strict = sl_eq(v, SL("yes")) || sl_eq(v, SL("true"));
+    if (v.len && !cfg.strict && !sl_eq(v, SL("no")) && !sl_eq(v, SL("false")))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_STRICT", "must be yes or no");
+    v = env_get("LIVEKIT_INSECURE_SKIP_VERIFY_TLS");
+    cfg.insecure = sl_eq(v, SL("YES_I_KNOW_WHAT_I_AM_DOING"));
+    if (cfg.insecure) {
+        LOG0(EV_INSECURE);
+        if (cfg.strict)
+            cfg_say(EV_CONFIG_BAD, "LIVEKIT_INSECURE_SKIP_VERIFY_TLS",
+                "LKJWT_STRICT refuses it");
+    } else if (v.len) {
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_INSECURE_SKIP_VERIFY_TLS",
+            "ignored: only YES_I_KNOW_WHAT_I_AM_DOING turns checks off");
+    }
+}
+
+static bool env_is_known(sl name)
+{
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++)
+        if (sl_eq(name, sl_str(env_tab[i].name)))
+            return true;
+    for (size_t i = 0; i < COUNT_OF(env_alias_tab); i++)
+        if (sl_eq(name, sl_str(env_alias_tab[i].old)))
+            return true;
+    return false;
+}
+
+/* A variable's name without the prefixes people mix up. */
+static sl env_stem(sl name)
+{
+    static const char *const head[] = { "LIVEKIT_", "LKJWT_", "LK_JWT_",
+        "JWT_" };
+    for (size_t i = 0; i < COUNT_OF(head); i++)
+        if (sl_starts(name, sl_str(head[i])))
+            name = sl_skip(name, strlen(head[i]));
+    return name;
+}
+
+/* Whether two names differ by at most two edits (Levenshtein). */
+static bool env_is_close(sl a, sl b)
+{
+    uint8_t row[64], prev, keep;
+    if (a.len >= sizeof row || b.len >= sizeof row)
+        return false;
+    for (size_t j = 0; j <= b.len; j++)
+        row[j] = (uint8_t)j;
+    for (size_t i = 0; i < a.len; i++) {
+        prev = row[0];
+        row[0] = (uint8_t)(i + 1);
+        for (size_t j = 0; j < b.len; j++) {
+            keep = row[j + 1];
+            uint8_t best = (uint8_t)(prev + (a.p[i] != b.p[j]));
+            if (row[j] + 1 < best)
+                best = (uint8_t)(row[j] + 1);
+            if (keep + 1 < best)
+                best = (uint8_t)(keep + 1);
+            row[j + 1] = best;
+            prev = keep;
+        }
+    }
+    return row[b.len] <= 2;
+}
+
+/* Warn of a variable that is probably meant to be one of ours. */
+static void env_near_miss(sl name)
+{
+    char text[128];
+    bool ours = sl_starts(name, SL("LIVEKIT_"))
+        || sl_starts(name, SL("LKJWT_")) || sl_starts(name, SL("LK_JWT_"));
+    sl stem = env_stem(name);
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
+        sl known = sl_str(env_tab[i].name);
+        bool same_stem = sl_eq(stem, env_stem(known))
+            && (ours || sl_find(stem, '_') < stem.len);
+        if (!same_stem && !(ours && env_is_close(name, known)))
+            continue;
+        snprintf(text, sizeof text, "unknown variable; did you mean %s?",
+            env_tab[i].name);
+        LOG(EV_CONFIG_WARN, KV("var", name), KV("detail", sl_str(text)));
+        return;
+    }
+}
+
+/* Warnings about what is set but means something else, or nothing. */
+static void cfg_warn_environment(void)
+{
+    static const char *const proxy[] = { "HTTP_PROXY", "HTTPS_PROXY",
+        "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy" };
+    for (char **e = environ; e && *e; e++) {
+        sl name = sl_str(*e);
+        name.len = sl_find(name, '=');
+        if (!env_is_known(name))
+            env_near_miss(name);
+    }
+    for (size_t i = 0; i < COUNT_OF(env_alias_tab); i++)
+        if (sl_str(getenv(env_alias_tab[i].old)).len) {
+            char text[96];
+            snprintf(text, sizeof text, "old name of %s",
+                env_alias_tab[i].name);
+            cfg_say(EV_CONFIG_WARN, env_alias_tab[i].old, text);
+        }
+    for (size_t i = 0; i < COUNT_OF(proxy); i++)
+        if (sl_str(getenv(proxy[i])).len) {
+            cfg_say(EV_CONFIG_WARN, proxy[i],
+                "proxy variables are not used");
+            break;
+        }
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++)
+        if (env_tab[i].kind == ENV_LATER && env_get(env_tab[i].name).len)
+            cfg_say(EV_CONFIG_WARN, env_tab[i].name, env_tab[i].help);
+}
+
+/* Read the whole environment. True if it can be served with. */
+MUST_USE static bool cfg_load(void)
+{
+    cfg_words();                     /* log form and level first */
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
+        const struct env_row *r = &env_tab[i];
+        sl v = env_get(r->name);
+        switch (r->kind) {
+        case ENV_TEXT:     *(sl *)r->to = v; break;
+        case ENV_FLAG:     cfg_flag(r, v); break;
+        case ENV_NUMBER:   cfg_number(r, v); break;
+        case ENV_LIST:     cfg_list(r, v); break;
+        case ENV_OVERRIDE: cfg_overrides(r, v); break;
+        case ENV_OTHER:
+        case ENV_SECRET:
+        case ENV_LATER:    break;
+        }
+    }
+    cfg_networks();
+    cfg_resolver();
+    cfg_livekit_url();
+    cfg_access();
+    cfg_keys();
+    cfg_binds();
+    while (cfg.prefix.len && cfg.prefix.p[cfg.prefix.len - 1] == '/')
+        cfg.prefix.len--;
+    if (cfg.prefix.len && cfg.prefix.p[0] != '/')
+        cfg_say(EV_CONFIG_BAD, "LKJWT_PATH_PREFIX", "must begin with `/`");
+    cfg_warn_environment();
+    return cfg_fault_cnt == 0;
+}
+
+/* The anchors of the binary, packed by `lkjwt --ca-pack` at build time. */
+__asm__(".section .rodata\n"
+    ".hidden ca_blob\n.hidden ca_blob_end\n"
+    "ca_blob:\n.incbin \"ca.bin\"\nca_blob_end:\n.byte 0\n.previous\n");
+extern const uint8_t ca_blob[], ca_blob_end[];
+
+/* Files read for one anchor set: each inode once. */
+struct ca_load {
+    struct anchors *set;
+    struct { dev_t dev; ino_t ino; } seen[512];
+    size_t seen_cnt;
+    struct bb sources;
+    uint8_t sources_text[512];
+    bool is_bad;
+};
+
+/* Add one PEM file. Returns certificates added, -1 bad, -2 unreadable. */
+static int ca_file(struct ca_load *l, const char *path)
+{
+    struct stat st;
+    if (stat(path, &st) < 0 || !S_ISREG(st.st_mode))
+        return -2;
+    for (size_t i = 0; i < l->seen_cnt; i++)
+        if (l->seen[i].dev == st.st_dev && l->seen[i].ino == st.st_ino)
+            return 0;
+    if (l->seen_cnt < COUNT_OF(l->seen)) {
+        l->seen[l->seen_cnt].dev = st.st_dev;
+        l->seen[l->seen_cnt++].ino = st.st_ino;
+    }
+    ssize_t n = io_read_file(path, file_buf, sizeof file_buf);
+    if (n < 0)
+        return -2;
+    if ((size_t)n == sizeof file_buf)
+        return -1;
+    unsigned before = l->set->cnt + l->set->skipped;
+    int got = anchors_add_pem(l->set, (sl){ file_buf, (size_t)n });
+    return got < 0 ? -1 : (int)(l->set->cnt + l->set->skipped - before);
+}
+
+static void ca_note(struct ca_load *l, sl source)
+{
+    if (l->sources.len)
+        bb_byte(&l->sources, ',');
+    bb_put(&l->sources, source);
+}
+
+/* A file the operator named must be readable and hold a certificate. */
+static void ca_named(struct ca_load *l, const char *var, sl path)
+{
+    if (path.len == 0)
+        return;
+    size_t seen = l->seen_cnt;
+    int got = ca_file(l, (const char *)path.p);
+    if (got < 0 || (got == 0 && l->seen_cnt > seen && l->set->cnt == 0)) {
+        LOG(EV_ANCHORS_BAD, KV("var", sl_str(var)),
+            KV("detail", got == -2 ? SL("cannot be read")
+                                   : SL("damaged, too large or empty")));
+        l->is_bad = true;
+    }
+    ca_note(l, path);
+}
+
+/* Every regular file of a folder; what is no PEM is passed over. */
+static void ca_folder(struct ca_load *l, sl dir)
+{
+    char path[1024];
+    union { uint64_t align; char b[4096]; } ents;
+    if (dir.len == 0 || dir.len > 512)
+        return;
+    snprintf(path, sizeof path, "%.*s", (int)dir.len, (const char *)dir.p);
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, path,
+        O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    unsigned before = l->set->cnt;
+    for (long n; (n = syscall(SYS_getdents64, fd, &ents, sizeof ents)) > 0;)
+        for (long at = 0; at < n; ) {
+            /* struct linux_dirent64: reclen at 16, name at 19 */
+            uint16_t reclen;
+            memcpy(&reclen, ents.b + at + 16, 2);
+            const char *name = ents.b + at + 19;
+            at += reclen;
+            if (name[0] == '.')
+                continue;
+            snprintf(path, sizeof path, "%.*s/%s", (int)dir.len,
+                (const char *)dir.p, name);
+            (void)ca_file(l, path);
+        }
+    close(fd);
+    if (l->set->cnt > before)
+        ca_note(l, dir);
+}
+
+/* Build a set from all sources (DESIGN 4.5), swap it in. A bad named file
+ * keeps the old set. Returns false when there is no set to serve with. */
+static bool ca_load(void)
+{
+    static const char *const bundle[] = {
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+        "/etc/pki/tls/cacert.pem",
+        "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+        "/etc/ssl/cert.pem" };
+    static struct ca_load load;
+    struct ca_load *l = &load;
+    uint8_t num[20], skipped[20];
+    bool has_system = false;
+    *l = (struct ca_load){ .set = &anchor_set[1 - anchor_now] };
+    l->sources = (struct bb){ l->sources_text, 0, sizeof l->sources_text,
+        false };
+    l->set->len = l->set->cnt = l->set->skipped = 0;
+    ca_named(l, "SSL_CERT_FILE", cfg.cert_file);
+    for (size_t i = 0; i < COUNT_OF(bundle) && !cfg.ca_only && !has_system;
+         i++) {
+        struct stat st;
+        has_system = stat(bundle[i], &st) == 0;
+        if (has_system && cfg.cert_file.len == 0 && ca_file(l, bundle[i]) > 0)
+            ca_note(l, sl_str(bundle[i]));
+    }
+    sl dirs = cfg.cert_dir, dir;
+    if (dirs.len == 0 && !cfg.ca_only)
+        dirs = SL("/etc/ssl/certs:/etc/pki/tls/certs");
+    while (sl_word(&dirs, ":", &dir))
+        ca_folder(l, dir);
+    ca_named(l, "LKJWT_CA_FILE", cfg.ca_file);
+    if (!has_system && !cfg.ca_only) {
+        anchors_add_packed(l->set, (sl){ ca_blob,
+            (size_t)(ca_blob_end - ca_blob) });
+        ca_note(l, SL("built-in"));
+    }
+    if (l->is_bad)
+        return anchor_set[anchor_now].cnt > 0;
+    anchor_now = 1 - anchor_now;
+    LOG(EV_ANCHORS, KV("sources", ((sl){ l->sources_text, l->sources.len })),
+        KV("count", text_u64(num, l->set->cnt)),
+        KV("unsupported", text_u64(skipped, l->set->skipped)));
+    return true;
+}
+
+/* SIGHUP: new anchors end what the old ones vouched for. */
+static void ca_reload(void)
+{
+    unsigned before = anchor_now;
+    (void)ca_load();
+    if (anchor_now == before)
+        return;
+    for (size_t i = 0; i < LIM_SESSION_CNT; i++)
+        session_cache[i].until_wall = 0;
+    for (size_t i = 0; i < LIM_CHAN_CNT; i++)
+        if (chan_pool[i].state == CHAN_IDLE)
+            chan_close(&chan_pool[i]);
+}
+
+/* ==== 26 LOOP ====================== PART III: WORLD ==================
+ * Purpose  What is watched, in one table; poll, then step what is ready.
+ * INV-O1   A descriptor is in the poll set once, a deadline in the heap
+ *          once; both change only through loop_set.
+ * INV-O2   Between two polls at most one call in a TLS handshake is
+ *          stepped, after the clients (SECURITY section 5, loop rule).
+ */
+
+static enum step listen_step(size_t idx, int revents, int64_t now);
+static enum step signal_step(size_t idx, int revents, int64_t now);
+
+static bool up_is_heavy(size_t idx)
+{
+    return up_pool[idx].state == UP_TLS;
+}
+
+/* How many objects each kind has, and what moves them. */
+static const struct dispatch_row {
+    size_t cnt;
+    enum step (*step)(size_t idx, int revents, int64_t now);
+    bool (*is_heavy)(size_t idx);    /* one per round only */
+} dispatch_tab[KIND_CNT] = {
+    [KIND_LISTEN]   = { LIM_LISTEN_CNT, listen_step, NULL },
+    [KIND_CONN]     = { LIM_SLOT_CNT, conn_step, NULL },
+    [KIND_EXCHANGE] = { LIM_SLOT_CNT, exchange_step, NULL },
+    [KIND_LOOKUP]   = { LIM_UP_CNT, lookup_step, NULL },
+    [KIND_UP]       = { LIM_UP_CNT + LIM_SFU_CNT, up_step, up_is_heavy },
+    [KIND_TRY]      = { (LIM_UP_CNT + LIM_SFU_CNT) * LIM_TRY_CNT, try_step,
+                        NULL },
+    [KIND_CHAN]     = { LIM_CHAN_CNT, chan_step, NULL },
+    [KIND_QUERY]    = { LIM_QUERY_CNT, query_step, NULL },
+    [KIND_SIGNAL]   = { 1, signal_step, NULL },
+};
+
+enum { WATCH_CNT = LIM_LISTEN_CNT + 2 * LIM_SLOT_CNT + LIM_UP_CNT
+    + (LIM_UP_CNT + LIM_SFU_CNT) * (1 + LIM_TRY_CNT) + LIM_CHAN_CNT
+    + LIM_QUERY_CNT + 1 };
+
+/* One watched object. Places are index + 1; 0: not in that table. */
+static struct watch {
+    int64_t deadline;
+    uint32_t gen;            /* grows when fd changes: stale events */
+    uint16_t poll_at, heap_at;
+    uint16_t idx;
+    uint8_t kind;
+    bool is_woken;
+} watch_tab[WATCH_CNT];
+static struct pollfd poll_tab[WATCH_CNT];
+static uint16_t poll_who[WATCH_CNT], heap_tab[WATCH_CNT];
+static uint16_t wake_tab[WATCH_CNT];
+static size_t poll_cnt, heap_cnt, wake_head, wake_cnt;
+
+static size_t loop_base(enum kind kind)
+{
+    static size_t base[KIND_CNT];
+    if (base[KIND_CNT - 1] == 0)
+        for (size_t k = 1; k < KIND_CNT; k++)
+            base[k] = base[k - 1] + dispatch_tab[k - 1].cnt;
+    return base[kind];
+}
+
+static void heap_put(size_t at, uint16_t who)
+{
+    heap_tab[at] = who;
+    watch_tab[who].heap_at = (uint16_t)(at + 1);
+}
+
+/* Move `who`, which belongs at or near `at`, to its place. */
+static void heap_fix(size_t at, uint16_t who)
+{
+    int64_t d = watch_tab[who].deadline;
+    while (at > 0 && watch_tab[heap_tab[(at - 1) / 2]].deadline > d) {
+        heap_put(at, heap_tab[(at - 1) / 2]);
+        at = (at - 1) / 2;
+    }
+    for (;;) {
+        size_t kid = 2 * at + 1;
+        if (kid + 1 < heap_cnt && watch_tab[heap_tab[kid + 1]].deadline
+            < watch_tab[heap_tab[kid]].deadline)
+            kid++;
+        if (kid >= heap_cnt || watch_tab[heap_tab[kid]].deadline >= d)
+            break;
+        heap_put(at, heap_tab[kid]);
+        at = kid;
+    }
+    heap_put(at, who);
+}
+
+static void heap_remove(struct watch *w)
+{
+    size_t at = w->heap_at - 1U;
+    w->heap_at = 0;
+    uint16_t last = heap_tab[--heap_cnt];
+    if (at < heap_cnt)
+        heap_fix(at, last);
+}
+
+static void loop_set(enum kind kind, size_t idx, int fd, int events,
+    int64_t deadline)
+{
+    uint16_t who = (uint16_t)(loop_base(kind) + idx);
+    struct watch *w = &watch_tab[who];
+    w->kind = (uint8_t)kind;
+    w->idx = (uint16_t)idx;
+    if (fd >= 0) {
+        if (w->poll_at == 0) {
+            w->poll_at = (uint16_t)++poll_cnt;
+            poll_who[poll_cnt - 1] = who;
+            w->gen++;
+        }
+        struct pollfd *p = &poll_tab[w->poll_at - 1];
+        w->gen += p->fd != fd;
+        p->fd = fd;
+        p->events = (short)events;
+    } else if (w->poll_at) {
+        size_t at = w->poll_at - 1U;
+        poll_tab[at] = poll_tab[--poll_cnt];
+        poll_who[at] = poll_who[poll_cnt];
+        watch_tab[poll_who[at]].poll_at = (uint16_t)(at + 1);
+        w->poll_at = 0;
+        w->gen++;
+    }
+    if (w->deadline == deadline && (w->heap_at || deadline == INT64_MAX))
+        return;
+    w->deadline = deadline;
+    if (deadline != INT64_MAX)
+        heap_fix(w->heap_at ? w->heap_at - 1U : heap_cnt++, who);
+    else if (w->heap_at)
+        heap_remove(w);
+}
+
+static void loop_wake(enum kind kind, size_t idx)
+{
+    uint16_t who = (uint16_t)(loop_base(kind) + idx);
+    struct watch *w = &watch_tab[who];
+    w->kind = (uint8_t)kind;
+    w->idx = (uint16_t)idx;
+    if (w->is_woken)
+        return;
+    w->is_woken = true;
+    wake_tab[(wake_head + wake_cnt++) % WATCH_CNT] = who;
+}
+
+static void loop_step(uint16_t who, int revents, int64_t now)
+{
+    const struct watch *w = &watch_tab[who];
+    (void)dispatch_tab[w->kind].step(w->idx, revents, now);
+}
+
+/* Step what poll reported: all light objects, then one heavy one, taking
+ * turns by starting behind the last. */
+static void loop_ready(int64_t now)
+{
+    static struct { uint16_t who; short revents; uint32_t gen; }
+        ready[WATCH_CNT];
+    static size_t turn;
+    size_t cnt = 0;
+    for (size_t i = 0; i < poll_cnt; i++)
+        if (poll_tab[i].revents) {
+            uint16_t who = poll_who[i];
+            ready[cnt].who = who;
+            ready[cnt].gen = watch_tab[who].gen;
+            ready[cnt++].revents = poll_tab[i].revents;
+            poll_tab[i].revents = 0;
+        }
+    size_t heavy = cnt, heavy_key = SIZE_MAX;
+    for (size_t i = 0; i < cnt; i++) {
+        const struct watch *w = &watch_tab[ready[i].who];
+        const struct dispatch_row *row = &dispatch_tab[w->kind];
+        if (w->gen != ready[i].gen)
+            continue;
+        if (row->is_heavy && row->is_heavy(w->idx)) {
+            size_t key = (w->idx + row->cnt - turn) % row->cnt;
+            if (key < heavy_key) {
+                heavy = i;
+                heavy_key = key;
+            }
+            continue;
+        }
+        loop_step(ready[i].who, ready[i].revents, now);
+    }
+    if (heavy < cnt && watch_tab[ready[heavy].who].gen == ready[heavy].gen) {
+        turn = watch_tab[ready[heavy].who].idx + 1U;
+        loop_step(ready[heavy].who, ready[heavy].revents, now);
+    }
+}
+
+/* Step what is past its deadline, then what others woke. Bounded, so that
+ * sockets get their turn. */
+static void loop_due(int64_t now)
+{
+    for (size_t n = 0; n < WATCH_CNT && heap_cnt; n++) {
+        uint16_t who = heap_tab[0];
+        if (watch_tab[who].deadline > now)
+            break;
+        watch_tab[who].deadline = INT64_MAX;      /* the step sets a new one */
+        heap_remove(&watch_tab[who]);
+        loop_step(who, 0, now);
+    }
+    for (size_t n = wake_cnt; n > 0 && wake_cnt; n--) {
+        uint16_t who = wake_tab[wake_head];
+        wake_head = (wake_head + 1) % WATCH_CNT;
+        wake_cnt--;
+        watch_tab[who].is_woken = false;
+        loop_step(who, 0, now);
+    }
+}
+
+static bool loop_is_over;
+
+/* One round: wait for something, then move it. */
+static void loop_round(const sigset_t *mask)
+{
+    int64_t now = io_now();
+    struct timespec wait = { 0, 0 }, *limit = NULL;
+    if (wake_cnt) {
+        limit = &wait;
+    } else if (heap_cnt) {
+        int64_t ms = watch_tab[heap_tab[0]].deadline - now;
+        ms = ms < 0 ? 0 : ms;
+        wait = (struct timespec){ (time_t)(ms / 1000),
+            (long)(ms % 1000 * 1000000) };
+        limit = &wait;
+    }
+    int n = ppoll(poll_tab, poll_cnt, limit, mask);
+    now = io_now();
+    if (n > 0)
+        loop_ready(now);
+    (void)signal_step(0, 0, now);
+    loop_due(now);
+}
+
+/* Listeners by index: public 0 and 1, metrics 2 and 3. */
+static struct listener { int fd; bool is_metrics; bool is_paused; }
+    listener_pool[LIM_LISTEN_CNT];
+
+/* Accept what waits, a few at a time. */
+static enum step listen_step(size_t idx, int revents, int64_t now)
+{
+    struct listener *l = &listener_pool[idx];
+    if (l->fd < 0)
+        return STEP_WAIT;
+    if (!revents) {                  /* a pause is over */
+        loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
+        return STEP_WAIT;
+    }
+    for (int k = 0; k < 16; k++) {
+        int fd = io_accept(l->fd);
+        if (fd == -EAGAIN)
+            return STEP_WAIT;
+        if (fd < 0) {
+            struct conn *old = conn_oldest_idle();
+            LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
+            if (old)
+                conn_close(old);
+            loop_set(KIND_LISTEN, idx, l->fd, 0, now + 100);
+            return STEP_WAIT;
+        }
+        conn_open(fd, l->is_metrics, now);
+    }
+    return STEP_WAIT;
+}
+
+static volatile sig_atomic_t signal_stop, signal_reload;
+
+static void signal_note(int number)
+{
+    if (number == SIGHUP)
+        signal_reload = 1;
+    else
+        signal_stop++;
+}
+
+/* Stop accepting; idle clients go, busy ones get their answer. */
+static void loop_drain(int64_t now)
+{
+    srv_stopping = 2;
+    for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
+        if (listener_pool[i].fd >= 0) {
+            loop_set(KIND_LISTEN, i, -1, 0, INT64_MAX);
+            io_close(&listener_pool[i].fd);
+        }
+    for (size_t i = 0; i < LIM_SLOT_CNT; i++)
+        if (conn_pool[i].state == C_HEAD && conn_pool[i].in_len == 0)
+            conn_close(&conn_pool[i]);
+    loop_set(KIND_SIGNAL, 0, -1, 0, now + cfg.drain_ms);
+}
+
+/* Act on signals, once a round, and on the stop's deadlines. */
+static enum step signal_step(size_t idx, int revents, int64_t now)
+{
+    static int64_t next;
+    (void)idx;
+    (void)revents;
+    if (signal_reload) {
+        signal_reload = 0;
+        ca_reload();
+    }
+    if (signal_stop && srv_stopping == 0) {
+        uint8_t num[20];
+        srv_stopping = 1;
+        next = now + cfg.lame_duck_ms;
+        LOG(EV_STOPPING, KV("lame_duck_ms",
+            text_u64(num, (uint64_t)cfg.lame_duck_ms)));
+        loop_set(KIND_SIGNAL, 0, -1, 0, next);
+    }
+    if (srv_stopping == 1 && now >= next) {
+        loop_drain(now);
+        next = now + cfg.drain_ms;
+    }
+    if (srv_stopping == 2)
+        loop_is_over = met.gauge[GA_CONNECTIONS] == 0 || now >= next;
+    loop_is_over |= signal_stop > 1;
+    if (srv_stopping && !loop_is_over && heap_cnt == 0)
+        loop_set(KIND_SIGNAL, 0, -1, 0, next);
+    return STEP_WAIT;
+}
+
+/* ==== 27 MAIN ====================== PART III: WORLD ==================
+ * Purpose  The command line, the start-up list, then the loop.
+ */
+
+static const char license_text[] =
+    "lkjwt - Copyright (c) 2026 the lkjwt developers\n"
+    "BearSSL - Copyright (c) 2016 Thomas Pornin <pornin@bolet.org>\n"
+    "musl - Copyright (c) 2005-2020 Rich Felker, et al.\n"
+    "\n"
+    "All three under the MIT license:\n"
+    "\n"
+    "Permission is hereby granted, free of charge, to any person obtaining a\n"
+    "copy of this software and associated documentation files (the\n"
+    "\"Software\"), to deal in the Software without restriction, including\n"
+    "without limitation the rights to use, copy, modify, merge, publish,\n"
+    "distribute, sublicense, and/or sell copies of the Software, and to\n"
+    "permit persons to whom the Software is furnished to do so, subject to\n"
+    "the following conditions:\n"
+    "\n"
+    "The above copyright notice and this permission notice shall be included\n"
+    "in all copies or substantial portions of the Software.\n"
+    "\n"
+    "THE SOFTWARE IS PROVIDED \"AS IS\", WITHOUT WARRANTY OF ANY KIND, EXPRESS\n"
+    "OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF\n"
+    "MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT.\n"
+    "IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY\n"
+    "CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT,\n"
+    "TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE\n"
+    "SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.\n";
+
+/* Print to stdout at once; what a command prints is small. */
+static void out(const char *text)
+{
+    sl rest = sl_str(text);
+    while (rest.len) {
+        ssize_t n = io_write(1, rest);
+        if (n <= 0)
+            return;
+        rest = sl_skip(rest, (size_t)n);
+    }
+}
+
+static int main_version(int argc, char **argv)
+{
+    (void)argc;
+    (void)argv;
+    out("lkjwt " LKJWT_VERSION "\n");
+    return 0;
+}
+
+static int main_license(int argc, char **argv)
+{
+    (void)argc;
+    (void)argv;
+    out(license_text);
+    return 0;
+}
+
+/* NAME=value of every variable that is set, secrets masked. */
+static int main_print_config(int argc, char **argv)
+{
+    char line[2048];
+    (void)argc;
+    (void)argv;
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
+        const struct env_row *r = &env_tab[i];
+        sl v = env_get(r->name);
+        bool secret = r->kind == ENV_SECRET
+            || strcmp(r->name, "LIVEKIT_REDIS_URL") == 0
+            || strcmp(r->name, "LIVEKIT_REDIS_PASSWORD") == 0
+            || strcmp(r->name, "LIVEKIT_AS_TOKEN") == 0
+            || strcmp(r->name, "LIVEKIT_HS_TOKEN") == 0;
+        uint8_t shown[1100];
+        struct bb b = BB(shown);
+        log_put_value(&b, v, false);
+        snprintf(line, sizeof line, "%s%s=%.*s\n", v.len ? "" : "# ",
+            r->name, v.len && secret ? 8 : v.len ? (int)b.len
+            : (int)strlen(r->def), v.len && secret ? "********"
+            : v.len ? (const char *)shown : r->def);
+        out(line);
+    }
+    return cfg_load() ? 0 : 1;
+}
+
+/* Copy the common name, else the organisation, out of a DER name. */
+static void main_dn_text(sl dn, char *text, size_t cap)
+{
+    sl seq, set, pair, oid, value = { NULL, 0 }, best = { NULL, 0 };
+    if (!der_take(&dn, 0x30, &seq, NULL))
+        return;
+    while (der_take(&seq, 0x31, &set, NULL)
+           && der_take(&set, 0x30, &pair, NULL)
+           && der_take(&pair, 0x06, &oid, NULL) && pair.len > 1
+           && der_take(&pair, pair.p[0], &value, NULL)) {
+        bool is_cn = sl_eq(oid, ((sl){ (uint8_t[3]){ 85, 4, 3 }, 3 }));
+        bool is_org = sl_eq(oid, ((sl){ (uint8_t[3]){ 85, 4, 10 }, 3 }));
+        if (is_cn || (is_org && best.len == 0))
+            best = value;
+    }
+    struct bb b = { (uint8_t *)text, 0, cap - 1, false };
+    log_put_value(&b, best, false);
+    text[b.len] = 0;
+}
+
+/* Names and keys of the anchors that would be in force. */
+static int main_ca_list(int argc, char **argv)
+{
+    static const char *const kind[] = { "", "RSA", "P-256", "P-384" };
+    char line[1200], name[1100];
+    struct anchor a;
+    (void)argc;
+    (void)argv;
+    bool ok = cfg_load() | ca_load();
+    sl rest = { anchor_set[anchor_now].data, anchor_set[anchor_now].len };
+    while (anchor_take(&rest, &a)) {
+        main_dn_text(a.name, name, sizeof name);
+        if (a.key.kind == KEY_RSA)
+            snprintf(line, sizeof line, "RSA-%u %s%s\n",
+                (unsigned)a.key.n.len * 8, name, a.is_ca ? "" : " (leaf)");
+        else
+            snprintf(line, sizeof line, "%s %s%s\n", kind[a.key.kind], name,
+                a.is_ca ? "" : " (leaf)");
+        out(line);
+    }
+    snprintf(line, sizeof line, "%u trust anchors\n",
+        anchor_set[anchor_now].cnt);
+    out(line);
+    return ok ? 0 : 1;
+}
+
+/* Build step: PEM on stdin, packed anchors on stdout. */
+static int main_ca_pack(int argc, char **argv)
+{
+    size_t len = 0;
+    ssize_t n;
+    (void)argc;
+    (void)argv;
+    while (len < sizeof file_buf
+           && (n = io_read(0, file_buf + len, sizeof file_buf - len)) > 0)
+        len += (size_t)n;
+    struct anchors *set = &anchor_set[0];
+    if (anchors_add_pem(set, (sl){ file_buf, len }) <= 0)
+        return 1;
+    sl rest = { set->data, set->len };
+    while (rest.len) {
+        n = io_write(1, rest);
+        if (n <= 0)
+            return 1;
+        rest = sl_skip(rest, (size_t)n);
+    }
+    return 0;
+}
+
+static int main_help(int argc, char **argv);
+static int main_check(int argc, char **argv);
+static int main_healthcheck(int argc, char **argv);
+static int main_serve(int argc, char **argv);
+
+/* The command line: a row a command. */
+static const struct command {
+    const char *name, *args, *help;
+    int max_args;
+    int (*run)(int argc, char **argv);
+} command_tab[] = {
+    { "", "", "serve", 0, main_serve },
+    { "--check", " [SERVER_NAME]",
+      "test configuration, SFU and, when named, a homeserver", 1,
+      main_check },
+    { "--healthcheck", "", "exit 0 if the local instance answers", 0,
+      main_healthcheck },
+    { "--print-config", "", "print the configuration, secrets masked", 0,
+      main_print_config },
+    { "--ca-list", "", "print the trust anchors", 0, main_ca_list },
+    { "--ca-pack", "", "build step: PEM on stdin to packed anchors", 0,
+      main_ca_pack },
+    { "--license", "", "print the licenses", 0, main_license },
+    { "--version", "", "print the version", 0, main_version },
+    { "--help", "", "print this", 0, main_help },
+};
+
+static int main_help(int argc, char **argv)
+{
+    char line[256];
+    (void)argc;
+    (void)argv;
+    out("lkjwt: lets Matrix users into LiveKit rooms\n\nUsage:\n");
+    for (size_t i = 0; i < COUNT_OF(command_tab); i++) {
+        snprintf(line, sizeof line, "  lkjwt %s%s\n        %s\n",
+            command_tab[i].name, command_tab[i].args, command_tab[i].help);
+        out(line);
+    }
+    out("\nEnvironment:\n");
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
+        snprintf(line, sizeof line, "  %s%s%s%s\n        %s\n",
+            env_tab[i].name, env_tab[i].def[0] ? " (" : "", env_tab[i].def,
+            env_tab[i].def[0] ? ")" : "", env_tab[i].help);
+        out(line);
+    }
+    return 0;
+}
+
+/* Open one listener of a bind value. */
+static bool main_listen(const struct bind *b, size_t idx, bool is_metrics)
+{
+    uint8_t text[64];
+    struct addr a = b->addr;
+    int fd;
+    if (b->is_unix) {
+        fd = io_listen_unix(b->path);
+    } else {
+        fd = io_listen(&a, b->is_dual);
+        if (fd == -EAFNOSUPPORT && b->is_dual) {
+            a.ip = (struct ip){ .v6 = false };
+            fd = io_listen(&a, false);
+        }
+    }
+    if (fd < 0) {
+        LOG(EV_BIND_FAILED, KV("bind", b->is_unix ? b->path
+            : text_addr(text, &a)), KV("error", sl_str(strerror(-fd))));
+        return false;
+    }
+    if (!b->is_unix)
+        a.port = io_port(fd);
+    listener_pool[idx].fd = fd;
+    listener_pool[idx].is_metrics = is_metrics;
+    loop_set(KIND_LISTEN, idx, fd, POLLIN, INT64_MAX);
+    LOG(EV_START, KV(is_metrics ? "metrics" : "listen",
+        b->is_unix ? b->path : text_addr(text, &a)),
+        KV("version", SL(LKJWT_VERSION)));
+    return true;
+}
+
+static void main_signals(sigset_t *old)
+{
+    static const int number[] = { SIGTERM, SIGINT, SIGHUP };
+    struct sigaction act = { .sa_handler = signal_note };
+    sigset_t block;
+    sigemptyset(&block);
+    for (size_t i = 0; i < COUNT_OF(number); i++) {
+        (void)sigaction(number[i], &act, NULL);
+        sigaddset(&block, number[i]);
+    }
+    act.sa_handler = SIG_IGN;
+    (void)sigaction(SIGPIPE, &act, NULL);
+    (void)sigprocmask(SIG_BLOCK, &block, old);
+}
+
+/* Descriptors for all pools, or fewer clients, and say so. */
+static void main_nofile(void)
+{
+    struct { uint64_t soft, hard; } lim;
+    uint64_t fixed = LIM_LANE_CNT + LIM_METRICS_CNT + LIM_CHAN_CNT
+        + LIM_QUERY_CNT + 32, need = fixed + (uint64_t)cfg.max_conns;
+    char text[96];
+    if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
+        return;
+    if (lim.soft < need && lim.soft < lim.hard) {
+        lim.soft = lim.hard < need ? lim.hard : need;
+        (void)syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, &lim, NULL);
+        if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
+            return;
+    }
+    if (lim.soft >= need)
+        return;
+    int64_t room = lim.soft > fixed ? (int64_t)(lim.soft - fixed)
+        : (int64_t)(lim.soft / 4) + 1;
+    cfg.max_conns = room < cfg.max_conns ? room : cfg.max_conns;
+    snprintf(text, sizeof text, "descriptors: %llu; client connections: %lld",
+        (unsigned long long)lim.soft, (long long)cfg.max_conns);
+    cfg_say(EV_CONFIG_WARN, "LKJWT_MAX_CONNS", text);
+}
+
+/* What serving and checking share: configuration, anchors, caches' key. */
+static bool main_begin(void)
+{
+    for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
+        listener_pool[i].fd = -1;
+    io_random(sec_boot, sizeof sec_boot);
+    met.start_ms = io_wall_ms();
+    bool ok = cfg_load();
+    ok = ca_load() && ok && !cfg_fault_cnt;
+    cfg_wipe();
+    return ok;
+}
+
+/* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 listeners,
+ * then the loop. */
+static int main_serve(int argc, char **argv)
+{
+    sigset_t mask;
+    uint8_t num[20], body[20];
+    (void)argc;
+    (void)argv;
+    if (!main_begin() || anchor_set[anchor_now].cnt + cfg.insecure == 0)
+        return 1;
+    (void)io_hosts();
+    (void)io_resolv();
+    main_nofile();
+    main_signals(&mask);
+    io_statm_fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/statm",
+        O_RDONLY | O_CLOEXEC);
+    LOG(EV_LIMITS, KV("connections", text_u64(num,
+        (uint64_t)cfg.max_conns)), KV("body", text_u64(body,
+        (uint64_t)cfg.max_body)));
+    if (!main_listen(&cfg.bind, 0, false)
+        || (cfg.has_metrics && !main_listen(&cfg.metrics, 2, true)))
+        return 1;
+    while (!loop_is_over)
+        loop_round(&mask);
+    if (cfg.bind.is_unix)
+        (void)unlink((const char *)cfg.bind.path.p);
+    if (cfg.has_metrics && cfg.metrics.is_unix)
+        (void)unlink((const char *)cfg.metrics.path.p);
+    LOG0(EV_STOPPED);
+    return 0;
+}
+
+/* ---- --healthcheck ---- */
+
+/* Ask one address for /healthz within the time left. 0 is healthy. */
+static bool health_ask(int fd, const struct sockaddr *sa, socklen_t len,
+    int64_t end)
+{
+    static const char request[] = "GET /healthz HTTP/1.1\r\n"
+        "Host: localhost\r\nConnection: close\r\n\r\n";
+    char reply[64];
+    size_t got = 0;
+    if (connect(fd, sa, len) < 0 && errno != EINPROGRESS)
+        return false;
+    struct pollfd p = { fd, POLLOUT, 0 };
+    int64_t left = end - io_now();
+    if (left <= 0 || poll(&p, 1, (int)left) != 1 || io_connected(fd)
+        || io_write(fd, SL(request)) != (ssize_t)sizeof request - 1)
+        return false;
+    while (got < 12) {
+        p.events = POLLIN;
+        left = end - io_now();
+        if (left <= 0 || poll(&p, 1, (int)left) != 1)
+            return false;
+        ssize_t n = io_read(fd, (uint8_t *)reply + got, sizeof reply - got);
+        if (n <= 0)
+            return false;
+        got += (size_t)n;
+    }
+    return memcmp(reply, "HTTP/1.1 200", 12) == 0;
+}
+
+static bool health_ask_addr(const struct addr *a, int64_t end)
+{
+    struct sockaddr_storage sa;
+    socklen_t len = io_sockaddr(a, &sa);
+    int fd = socket(sa.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+        0);
+    bool ok = fd >= 0 && health_ask(fd, (struct sockaddr *)&sa, len, end);
+    io_close(&fd);
+    return ok;
+}
+
+static bool health_ask_unix(sl path, int64_t end)
+{
+    struct sockaddr_un sa;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    bool ok = fd >= 0 && io_unix_addr(path, &sa)
+        && health_ask(fd, (struct sockaddr *)&sa, sizeof sa, end);
+    io_close(&fd);
+    return ok;
+}
+
+/* Probe the address that the bind variables name (PROTOCOL section 14). */
+static int main_healthcheck(int argc, char **argv)
+{
+    static const struct ip loop4 = { .b = { 127, 0, 0, 1 } };
+    static const struct ip loop6 = { .b = { [15] = 1 }, .v6 = true };
+    int64_t end = io_now() + 2500;
+    bool ok;
+    (void)argc;
+    (void)argv;
+    cfg.log_level = 'e';
+    (void)signal(SIGPIPE, SIG_IGN);
+    cfg_binds();
+    const struct bind *b = &cfg.bind;
+    if (cfg_fault_cnt) {
+        out("unhealthy: LIVEKIT_JWT_BIND or LIVEKIT_JWT_PORT is unusable\n");
+        return 1;
+    }
+    struct addr a = b->addr, other = b->addr;
+    if (b->is_unix) {
+        ok = health_ask_unix(b->path, end);
+    } else if (b->is_any) {
+        bool six_first = b->is_dual && b->host.p == NULL;
+        a.ip = six_first ? loop6 : loop4;
+        other.ip = six_first ? loop4 : loop6;
+        ok = health_ask_addr(&a, end)
+            || (b->is_dual && health_ask_addr(&other, end));
+    } else {
+        ok = health_ask_addr(&a, end);
+    }
+    if (!ok)
+        out("unhealthy: no 200 from /healthz\n");
+    return ok ? 0 : 1;
+}
+
+/* ---- --check ---- */
+
+static bool check_failed;
+static sl check_server;
+static struct up *check_up;
+
+static void check_line(const char *step, bool ok, sl text)
+{
+    char line[512];
+    snprintf(line, sizeof line, "%-5s %-11s %.*s\n", ok ? "ok" : "no", step,
+        (int)(text.len < 400 ? text.len : 400), (const char *)text.p);
+    out(line);
+}
+
+/* GetParticipant in a room that does not exist: `not_found` proves that
+ * the key is accepted, and changes nothing. */
+static void check_build(uint16_t idx, struct bb *b)
+{
+    static const uint8_t nobody[HASH_NAME_LEN] =
+        "lkjwt-check-lkjwt-check-lkjwt-check-lkjwt-c";
+    uint8_t text[128];
+    struct bb body = BB(text);
+    (void)idx;
+    pb_participant(&body, (sl){ nobody, sizeof nobody }, SL("nobody"));
+    lk_put(b, "GetParticipant", (sl){ nobody, sizeof nobody },
+        (sl){ text, body.len }, (sl){ NULL, 0 });
+}
+
+/* Run the loop until the object of a check has ended. */
+static void check_run(bool (*is_over)(void))
+{
+    sigset_t mask;
+    sigemptyset(&mask);
+    while (!is_over())
+        loop_round(&mask);
+}
+
+static bool check_sfu_over(void)
+{
+    return check_up->state == UP_DONE || check_up->state == UP_FAILED;
+}
+
+static void check_sfu(int64_t now)
+{
+    char text[300];
+    uint8_t addr[64];
+    check_up = lk_open(KIND_SIGNAL, 0, check_build, now + LIM_RPC_MS, now);
+    if (!check_up)
+        return;
+    check_run(check_sfu_over);
+    struct up *u = check_up;
+    sl at = u->has_addr ? text_addr(addr, &u->addr) : SL("no address");
+    sl code = lk_code(u);
+    bool ok = u->state == UP_DONE && u->head.status == 404
+        && sl_eq(code, SL("not_found"));
+    const char *why = u->state == UP_FAILED ? event_tab[u->why].text
+        : ok ? "answers, key accepted"
+        : u->head.status == 401 ? event_tab[EV_SFU_AUTH].text
+        : "does not answer as LiveKit does; is the path right?";
+    snprintf(text, sizeof text, "%.*s (%.*s): %s%s%s",
+        (int)cfg.api.text.len, (const char *)cfg.api.text.p, (int)at.len,
+        (const char *)at.p, u->state == UP_FAILED ? u->step : "",
+        u->state == UP_FAILED ? ": " : "", why);
+    check_line("sfu", ok, sl_str(text));
+    check_failed |= !ok;
+    up_close(u, io_now());
+}
+
+static struct lookup *check_lookup;
+
+static bool check_lookup_over(void)
+{
+    return check_lookup->state == L_DONE || check_lookup->state == L_FAILED;
+}
+
+/* Ask the homeserver about a token that cannot exist: 401 is the good
+ * answer, it says that the openid listener is there. */
+static void check_homeserver(int64_t now)
+{
+    struct name n;
+    char text[300];
+    uint8_t addr[64];
+    if (!name_parse(check_server, &n)) {
+        check_line("name", false, sl_str(event_tab[EV_NAME_BAD].text));
+        check_failed = true;
+        return;
+    }
+    bool denied = name_denied(&n);
+    bool full = has_full_access(n.whole);
+    check_line("name", !denied, denied
+        ? sl_str(event_tab[EV_SERVER_DENIED].text)
+        : full ? SL("full access: may create rooms")
+               : SL("restricted: may join rooms that exist"));
+    check_failed |= denied;
+    check_lookup = lookup_open(KIND_SIGNAL, 0, &n, SL("lkjwt-check"),
+        (sl){ NULL, 0 }, now);
+    if (!check_lookup)
+        return;
+    check_run(check_lookup_over);
+    struct lookup *l = check_lookup;
+    bool ok = l->why == EV_TOKEN_UNKNOWN;
+    sl at = l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
+        : SL("no address");
+    const char *hint = ok ? "knows OpenID tokens; all is well"
+        : l->why == EV_REPLY_STATUS
+        ? "answers, but not to OpenID look-ups: is its `openid` or "
+          "`federation` listener on?"
+        : event_tab[l->why].text;
+    snprintf(text, sizeof text, "%.*s: %s", (int)at.len, (const char *)at.p,
+        hint);
+    check_line(ok ? "userinfo" : l->step ? l->step : "userinfo", ok,
+        sl_str(text));
+    check_failed |= !ok;
+    lookup_close(l, io_now());
+}
+
+/* Test the configuration, the SFU and, when named, a homeserver: one line
+ * a step on stdout. */
+static int main_check(int argc, char **argv)
+{
+    char text[64];
+    bool ok = main_begin();
+    cfg.log_level = cfg.log_level == 'd' ? 'd' : 'e';
+    (void)signal(SIGPIPE, SIG_IGN);
+    check_line("config", cfg_fault_cnt == 0, cfg_fault_cnt == 0
+        ? SL("complete") : SL("has faults, see the lines on stderr"));
+    snprintf(text, sizeof text, "%u", anchor_set[anchor_now].cnt);
+    check_line("anchors", anchor_set[anchor_now].cnt > 0, sl_str(text));
+    if (!ok)
+        return 1;
+    check_sfu(io_now());
+    if (argc > 0) {
+        check_server = sl_str(argv[0]);
+        note_hook = check_line;
+        check_homeserver(io_now());
+    }
+    out(check_failed ? "there are faults\n" : "all is well\n");
+    return check_failed ? 1 : 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *name = argc > 0 ? argv[0] : "";
+    const char *slash = strrchr(name, '/');
+    const char *want = argc > 1 ? argv[1] : "";
+    if (strcmp(slash ? slash + 1 : name, "lk-jwt-service-healthcheck") == 0)
+        want = "--healthcheck";
+    for (size_t i = 0; i < COUNT_OF(command_tab); i++)
+        if (strcmp(want, command_tab[i].name) == 0
+            && argc - 2 <= command_tab[i].max_args)
+            return command_tab[i].run(argc - 2 > 0 ? argc - 2 : 0, argv + 2);
+    (void)main_help(0, NULL);
+    return 1;
+}

@@ -1,0 +1,364 @@
+"""The invariants that a reader of lkjwt.c may rely on, checked by machine.
+
+One line a check, in the order of a reading: the source, its parts, the
+binary. The last line counts them. STYLE's words: PART I is pure, PART II
+sees the world through io_* alone, PART III has the system calls.
+"""
+
+import collections
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import scratch
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+SOURCE = TOP / "lkjwt.c"
+README = TOP / "README.md"
+OBJECT = TOP / "build" / "lkjwt.o"
+UNSTRIPPED = TOP / "build" / "lkjwt.unstripped"
+BINARY = TOP / "lkjwt"
+SIZE_MAX = 512 * 1024
+COLUMNS = 79
+GRANT_LINES = 40
+
+HEAP = """malloc calloc realloc reallocarray free aligned_alloc memalign
+    posix_memalign valloc brk sbrk __libc_malloc __libc_free __expand_heap
+    """.split()
+# The first row overruns or lies about errors; the second drags a heap in.
+BANNED = """strcpy strcat sprintf vsprintf strtok atoi atol atof gets scanf
+    sscanf fscanf alloca strncpy strncat
+    fopen fdopen getline getdelim strdup strndup setenv putenv atexit syslog
+    strftime localtime_r gmtime_r localtime gmtime timegm mktime getaddrinfo
+    gethostbyname opendir qsort_r system popen""".split()
+# What PART I may call: memory, and the arithmetic of BearSSL. No system
+# call, no clock, no randomness, no locale.
+PURE = re.compile(r"""^(mem(cpy|move|set|cmp|chr|rchr|mem)
+    |str(len|cmp|ncmp|chr|nlen)|__stack_chk_fail|_GLOBAL_OFFSET_TABLE_
+    |br_(sha256|sha384|sha512|sha1|hmac|hmac_key|enc|dec|ccopy)\w*
+    |br_rsa_\w*|br_ec_\w*|br_ecdsa_\w*)$""", re.X)
+# PART II adds BearSSL's engine, which calls nothing either.
+MACHINE = re.compile(PURE.pattern + r"|^br_\w+$|^io_\w+$", re.X)
+
+
+def run(*command, **more):
+    return subprocess.run(command, text=True, capture_output=True, cwd=TOP,
+                          **more)
+
+
+def blank_comments(text):
+    """Comments and string literals to blanks, line numbers kept."""
+    token = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"'
+                       r"|'(?:\\.|[^'\\\n])*'", re.S)
+    return token.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+
+
+class Source:
+    def __init__(self):
+        self.text = SOURCE.read_text()
+        self.lines = self.text.split("\n")
+        self.code = blank_comments(self.text)
+        self.code_lines = self.code.split("\n")
+        # (section, line index of its banner, the banner's first line)
+        self.banners = [(m[1], at, line) for at, line in enumerate(self.lines)
+                        if (m := re.match(r"/\* ==== (\d\d\w?) ", line))]
+
+    def part(self, name):
+        """Line index of the first banner of a part; I ends where any
+        banner of another kind follows."""
+        return next(at for _, at, line in self.banners if name in line)
+
+    def part_one_end(self):
+        begin = self.part("PART I:")
+        return next(at for _, at, line in self.banners
+                    if at > begin and "PART I:" not in line)
+
+    def section(self, number):
+        ends = [at for _, at, _ in self.banners] + [len(self.lines)]
+        at = next(at for name, at, _ in self.banners if name == number)
+        return "\n".join(self.lines[at:min(e for e in ends if e > at)])
+
+    def where(self, pattern, lines=None):
+        """Line numbers where the pattern stands in the code."""
+        return [at + 1 for at, line in
+                enumerate(self.code_lines if lines is None else lines)
+                if re.search(pattern, line)]
+
+
+# ---- the source ------------------------------------------------------------
+
+def check_columns(src):
+    long = [at + 1 for at, line in enumerate(src.lines)
+            if len(line.expandtabs(8)) > COLUMNS]
+    yield f"source: no line over {COLUMNS} columns", listed(long)
+    odd = src.where(r"[^\x00-\x7f]|\t| $", src.lines)
+    yield "source: ASCII, no tab, no blank at a line's end", listed(odd)
+
+
+def check_map(src):
+    names = [name for name, _, _ in src.banners]
+    yield ("source: sections from 00, each once, in order",
+           "" if names == sorted(set(names)) and names[:1] == ["00"]
+           and names[-1] == "27" else listed(names))
+
+
+def check_events(src):
+    rows = re.findall(r"\bX\((\w+),\s*(\d+)", src.text)
+    code = re.sub(r"#define \w*_TAB\(X\).*?[^\\]\n", "", src.code, flags=re.S)
+    yield "events: the table has rows", "" if rows else "no X(NAME, number"
+    numbers = collections.Counter(number for _, number in rows)
+    twice = [number for number, count in numbers.items() if count > 1]
+    yield "events: no number is given twice", listed(twice)
+    used = set(re.findall(r"\bEV_(\w+)", code))
+    unused = [name for name, _ in rows if name not in used]
+    yield "events: each is used in the code", listed(unused)
+    known = {name for name, _ in rows} | {"NONE", "CNT"}
+    yield ("events: each that the code names is in the table",
+           listed(sorted(used - known - {""})))
+
+
+def check_words(src):
+    banned = [f"{word} in line {at}" for word in BANNED + HEAP
+              for at in src.where(rf"(?<![\w.>]){word}\s*\(")]
+    yield "source: no banned call, no heap call", listed(banned)
+    # A statement that logs ends at its semicolon, not at its line.
+    leaks = []
+    for call in re.finditer(r"\b\w*log\w*\s*\(", src.code):
+        statement = src.code[call.start():src.code.find(";", call.end())]
+        if "{" not in statement and re.search(r"\bsec_\w", statement):
+            leaks.append(src.code.count("\n", 0, call.start()) + 1)
+    yield "source: no secret (sec_) in a statement that logs", listed(leaks)
+
+
+def check_grants(src):
+    manual = src.section("00")
+    below = src.banners[1][1]
+    marks = [at for at, line in enumerate(src.lines)
+             if re.search(r"/\*.*\bGRANTS\b.*\*/|^ \* GRANTS|\* GRANTS \*/",
+                          line) and at > below]
+    names, wrong, long = [], [], []
+    for at in marks:
+        head = next((i for i in range(at, min(at + 40, len(src.lines)))
+                     if re.match(r"[A-Za-z].*\w\(", src.code_lines[i])), None)
+        if head is None:
+            wrong.append(f"line {at + 1} marks no function")
+            continue
+        name = re.search(r"(\w+)\(", re.sub(
+            r"__attribute__\(\(.*?\)\)", "", src.code_lines[head]))[1]
+        end = next(i for i in range(head, len(src.lines))
+                   if src.lines[i].startswith("}"))
+        names.append(name)
+        if end - head + 1 > GRANT_LINES:
+            long.append(f"{name}: {end - head + 1}")
+        if not re.search(rf"\b{name}\b", manual):
+            wrong.append(name)
+    yield ("grants: functions that give access are marked",
+           "" if 3 <= len(names) <= 9 else f"{len(names)} marked")
+    yield "grants: each is listed in section 00", listed(wrong)
+    yield f"grants: none is longer than {GRANT_LINES} lines", listed(long)
+
+
+# ---- parts, compiled alone -------------------------------------------------
+
+def compile_part(src, end, folder):
+    """Symbols of the lines before `end`, as nm prints them."""
+    part = folder / f"upto{end}.c"
+    part.write_text("\n".join(src.lines[:end]) + "\n")
+    inc = next(path for path in (TOP / "build/bearssl/inc", TOP / "build/inc",
+                                 pathlib.Path(os.environ.get("BEARSSL", "/-"))
+                                 / "inc") if path.is_dir())
+    made = run("musl-gcc", "-std=c11", "-O1", "-w", "-fno-pie",
+               "-fno-stack-protector", "-fkeep-static-functions",
+               "-isystem", str(inc), f"-Wa,-I{TOP / 'build'}", "-c",
+               str(part), "-o", str(part.with_suffix(".o")))
+    if made.returncode:
+        return None, made.stderr[:400]
+    return [line.split() for line in
+            run("nm", str(part.with_suffix(".o"))).stdout.splitlines()], ""
+
+
+def check_parts(src, folder):
+    symbols, problem = compile_part(src, src.part_one_end(), folder)
+    yield "PART I: it compiles alone", problem
+    if symbols is not None:
+        foreign = [s[-1] for s in symbols
+                   if s[-2] in "UwW" and not PURE.match(s[-1])]
+        yield ("PART I: it calls memory and arithmetic only",
+               listed(foreign))
+        state = [s[-1] for s in symbols if s[-2] in "dDbBcCsSgG"]
+        yield "PART I: it holds no writable data", listed(state)
+    symbols, problem = compile_part(src, src.part("PART III:"), folder)
+    yield "PART II: it compiles without PART III", problem
+    if symbols is not None:
+        foreign = [s[-1] for s in symbols
+                   if s[-2] in "UwW" and not MACHINE.match(s[-1])]
+        yield ("PART II: it reaches the world through io_* alone",
+               listed(foreign))
+    for compiler in ("gcc", "clang"):
+        made = run("make", "--no-print-directory", f"warn-{compiler}")
+        yield (f"source: {compiler} compiles it without a warning",
+               "" if made.returncode == 0 else made.stderr[-600:])
+
+
+# ---- the binary ------------------------------------------------------------
+
+def check_binary(_):
+    names = run("nm", "-g", "--defined-only", str(OBJECT)).stdout.split()[2::3]
+    yield ("binary: lkjwt.o exports main and nothing else",
+           "" if names == ["main"] else listed(names))
+    symbols = {line.split()[-1] for line in
+               run("nm", str(UNSTRIPPED)).stdout.splitlines()}
+    yield "binary: no heap symbol", listed(sorted(symbols & set(HEAP)))
+    heads = run("readelf", "-lWd", str(BINARY)).stdout
+    yield ("binary: asks for no loader and no library",
+           listed(re.findall(r"INTERP|NEEDED", heads)))
+    yield ("binary: addresses are random (static PIE)",
+           "" if "file type is DYN" in heads else "not a PIE")
+    flags = re.findall(r"^  (\w+) .* ([R ][W ][E ]) 0x", heads, re.M)
+    yield ("binary: no memory is writable and executable, the stack included",
+           listed([name for name, flag in flags if "W" in flag
+                   and "E" in flag]) if flags else "no program header read")
+    yield ("binary: relocated data is read-only (RELRO)",
+           "" if "GNU_RELRO" in heads else "no GNU_RELRO")
+    yield ("binary: stack protector",
+           "" if "__stack_chk_fail" in symbols else "not linked in")
+    size = BINARY.stat().st_size
+    yield (f"binary: at most {SIZE_MAX} bytes ({size})",
+           "" if size <= SIZE_MAX else "too big")
+    text = BINARY.read_bytes()
+    yield ("binary: holds no path of the build folder",
+           "" if str(TOP).encode() not in text else str(TOP))
+
+
+def check_twice(folder):
+    """Built twice from nothing, in folders of different names."""
+    makes, digests = [], []
+    for name in ("a", "another-folder"):
+        copy = folder / name
+        (copy / "test").mkdir(parents=True)
+        for file in ("Makefile", "lkjwt.c"):
+            shutil.copy(TOP / file, copy / file)
+        if (TOP / ".deps").is_dir():
+            (copy / ".deps").symlink_to(TOP / ".deps")
+        makes.append((copy, subprocess.Popen(
+            ["make", "-s", "all"], cwd=copy, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True)))
+    for copy, process in makes:
+        output = process.communicate()[0]
+        if process.returncode:
+            yield "build: twice, in two folders", output[-600:]
+            return
+        digests.append(hashlib.sha256(
+            (copy / "lkjwt").read_bytes()).hexdigest())
+    yield ("build: twice, in two folders, byte for byte the same",
+           "" if len(set(digests)) == 1 else listed(digests))
+    own = hashlib.sha256(BINARY.read_bytes()).hexdigest()
+    yield (f"build: ./lkjwt is those bytes ({own[:16]})",
+           "" if own in digests else own)
+
+
+def check_scratch(folder):
+    root = folder / "root"
+    root.mkdir()
+    shutil.copy(BINARY, root / "lk-jwt-service")
+    (root / "lk-jwt-service-healthcheck").symlink_to("lk-jwt-service")
+    yield from scratch.checks(root)
+
+
+# ---- what it says of itself ------------------------------------------------
+
+ENV_NAME = r"\b(?:LIVEKIT|LKJWT|LK_JWT|SSL_CERT|HTTPS?|ALL)_[A-Z][A-Z_]*\b"
+
+
+def words(text):
+    """The words alone: line breaks, comment marks and dashes may differ."""
+    return " ".join(re.findall(r"[A-Za-z0-9.,'\"()]+", text))
+
+
+def check_licence(_):
+    said = words(run(str(BINARY), "--license").stdout)
+    yield ("licence: --license prints the file LICENSE",
+           "" if words((TOP / "LICENSE").read_text()) in said else said[:200])
+    theirs = TOP / "build" / "bearssl" / "LICENSE.txt"
+    if theirs.is_file():  # not where BearSSL came built
+        yield ("licence: it prints BearSSL's LICENSE.txt",
+               "" if words(theirs.read_text()) in said else "not found")
+    yield ("licence: it names musl and its authors",
+           "" if "musl" in said and "Rich Felker" in said else "not found")
+
+
+def check_readme(src):
+    readme = README.read_text() if README.is_file() else ""
+    yield "README: is there", "" if readme else "no README.md"
+    said = run(str(BINARY), "--help").stdout
+    ours = set(re.findall(ENV_NAME, said))
+    table = "\n".join(line for line in readme.split("\n")
+                      if line.startswith("|"))
+    theirs = set(re.findall(ENV_NAME, table))
+    yield "README: --help names variables", "" if len(ours) > 20 else said
+    yield ("README: its tables name the variables that --help names",
+           differ(theirs, ours))
+    rows = set(re.findall(r"\bX\((\w+),\s*(\d+)", src.text))
+    listed_rows = {(name, number) for number, name in re.findall(
+        r"^\|\s*(\d{4})\s*\|\s*`?(\w+)`?\s*\|", readme, re.M)}
+    yield ("README: its table of events is that of the source",
+           differ({f"{b} {a}" for a, b in listed_rows},
+                  {f"{b} {a}" for a, b in rows}))
+    metric = r"\b((?:lkjwt|process)_[a-z0-9_]+)"
+    served = set(re.findall(r"# TYPE " + metric, src.text)) | set(
+        re.findall(r'"' + metric + r'[{ "]', src.text))
+    told = set(re.findall(r"`" + metric, table))
+    yield ("README: its table of metrics is that of the source",
+           differ(told, served))
+
+
+def listed(items):
+    items = [str(item) for item in items]
+    return ", ".join(items[:12]) + (f" and {len(items) - 12} more"
+                                    if len(items) > 12 else "")
+
+
+def differ(readme, program):
+    parts = []
+    if readme - program:
+        parts.append("README only: " + listed(sorted(readme - program)))
+    if program - readme:
+        parts.append("program only: " + listed(sorted(program - readme)))
+    return "; ".join(parts)
+
+
+def main():
+    os.umask(0o022)
+    src = Source()
+    passed = failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        groups = [
+            lambda: check_columns(src), lambda: check_map(src),
+            lambda: check_events(src), lambda: check_words(src),
+            lambda: check_grants(src), lambda: check_parts(src, folder),
+            lambda: check_binary(src), lambda: check_twice(folder),
+            lambda: check_scratch(folder), lambda: check_licence(src),
+            lambda: check_readme(src),
+        ]
+        for group in groups:
+            try:
+                for text, problem in group():
+                    print(f"FAIL {text}: {problem}" if problem
+                          else f"ok   {text}", flush=True)
+                    passed += not problem
+                    failed += bool(problem)
+            except (KeyError, StopIteration, OSError) as error:
+                print(f"FAIL a check broke off: {error!r}", flush=True)
+                failed += 1
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
