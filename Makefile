@@ -32,7 +32,7 @@ CA_FILES ?= $(if $(wildcard $(MOZILLA)),$(MOZILLA)/*.crt,$(firstword \
 
 MAP   = -ffile-prefix-map=$(CURDIR)/= -ffile-prefix-map=$(CURDIR)=.
 WARN  = -std=c11 -Wall -Wextra -Werror -Wshadow -Wconversion \
-	-Wno-sign-conversion -Wswitch-enum -Wvla -Wundef -Wcast-qual \
+	-Wsign-conversion -Wcast-align -Wswitch-enum -Wvla -Wundef -Wcast-qual \
 	-Wwrite-strings -Wpointer-arith -Wstrict-prototypes -Wdate-time \
 	-Wmissing-prototypes -Wold-style-definition -Wnull-dereference \
 	-Wformat=2 -Wimplicit-fallthrough -Wframe-larger-than=20480
@@ -80,6 +80,7 @@ endif
 
 .PHONY: all
 all: lkjwt
+	@:
 
 ifdef BSRC
 build/bearssl/.unpacked: $(TARBALL)
@@ -174,12 +175,17 @@ lkjwt: build/lkjwt.unstripped
 
 # ---- compiled without a warning, by both compilers ------------------------
 
-.PHONY: warn warn-gcc warn-clang
-warn: warn-gcc warn-clang
+.PHONY: warn warn-gcc warn-clang warn-analyzer
+warn: warn-gcc warn-clang warn-analyzer
 warn-gcc warn-clang: warn-%: $(SRC) build/inc.ok
 	@mkdir -p build/warn && : >build/warn/ca.bin
 	@$* -O2 $(WARN) -isystem $(BINC) -Wa,-Ibuild/warn -c $< \
 	    -o build/warn/$*.o
+
+warn-analyzer: $(SRC) build/inc.ok
+	@mkdir -p build/warn && : >build/warn/ca.bin
+	@gcc -O2 -std=c11 -Werror -fanalyzer -isystem $(BINC) \
+	    -Wa,-Ibuild/warn -c $< -o build/warn/analyzer.o
 
 # ---- tests: `test` counts all of its suites, failed or not -----------------
 
@@ -235,5 +241,5 @@ help:
 	@echo "make test-all   these, the image, and all of it on a fresh Debian"
 	@echo "make audit      the invariants a reader may rely on"
 	@echo "make unit, blackbox, realworld, image, fresh   one of them"
-	@echo "make warn       lkjwt.c by gcc and clang, warnings as errors"
+	@echo "make warn       lkjwt.c by gcc, clang and the analyzer of gcc"
 	@echo "make clean      removes build/ and ./lkjwt; .deps/ stays"

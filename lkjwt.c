@@ -1,3 +1,107 @@
+/* ==== 00 MANUAL =======================================================
+ * lkjwt: the MatrixRTC authorization service, one C file.
+ * Copyright (c) 2026 the lkjwt developers. MIT; see LICENSE.
+ *
+ * A Matrix client that wants a video call shows us an OpenID token of its
+ * homeserver. We ask the homeserver whose it is, create the room on the
+ * LiveKit SFU when the user may, and sign a token that lets the user in.
+ * lkjwt takes the place of element-hq's lk-jwt-service: same environment,
+ * endpoints and exit codes.
+ *
+ * Usage      lkjwt [COMMAND]; command_tab (27) and `lkjwt --help`
+ * Settings   the environment; ENV_TAB (24)
+ * Endpoints  POST /get_token, POST /sfu/get, GET|HEAD /healthz, and GET
+ *            /metrics on a listener of its own; route_tab (22)
+ * Told       one line an event on stderr, EVENT_TAB (03); counters (14)
+ * Sources    MSC4195, the Matrix server-server API, LiveKit's RoomService
+ *            (Twirp v8), the RFCs named where they rule.
+ *
+ * How a request goes: listen_step accepts; conn_step reads, h1_parse_head
+ * and h1_framing judge the bytes, route_find picks a row, exchange_start
+ * reads the JSON; a lookup (18) finds and asks the homeserver through
+ * calls (17) that resolve (15), dial and speak TLS (16); exchange_verified
+ * decides; a call creates the room (19); jwt_put_join (11) writes the
+ * grant; conn_answer replies. One thread, one poll: loop_round (26).
+ *
+ * The file reads bottom-up; a function stands below all it calls.
+ *   01 build     05 bytes    11 jwt        15 log, resolver   23 io
+ *   02 limits    06 text     12 der        16 tls             24 config
+ *   03 events    07 json     13 formats    17 upstream        26 loop
+ *   04 types     08 http1    14 metrics    18 matrix          27 main
+ *                09 dns                    19 livekit
+ *                                          22 server
+ * PART I (05-14) is pure: bytes in, values out, no system call, nothing
+ * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
+ * the state machines; they see the world through the io_* functions
+ * declared at its head and a `now` parameter. PART III makes the system
+ * calls. Numbers 10, 20, 21 and 25 are kept for Redis, delegated leave and
+ * the sandbox.
+ *
+ * Whose bytes, and what they may do
+ *   anyone      HTTP and JSON: one bounded lookup at the server it names
+ *   homeserver  DNS, TLS, HTTP: accept or refuse its own users
+ *   nameserver  answers: addresses, which are filtered, then proven by TLS
+ *   SFU         replies: that a room exists
+ *   operator    environment and files: everything
+ *
+ * GRANTS: the functions that give something away; each is short.
+ *   h1_framing         where a message ends and the next begins   (08)
+ *   user_check         whose user this is                          (06)
+ *   cert_names_peer    that a certificate is for the peer dialled  (12)
+ *   hs_judge           that a peer is who it was dialled as        (16)
+ *   has_full_access    which servers' users may create rooms       (18)
+ *   exchange_verified  room or no room, token or no token          (22)
+ *   jwt_put_join       what a join token allows                    (11)
+ *
+ * Security claims that hold here, and what shows them (test/):
+ *   S1-S3   no connection to a denied address, on any hop; the sockaddr
+ *           judged is the one connected; embedded IPv4 is unwrapped
+ *           io_connect, net_allowed           blackbox/test_ssrf.py
+ *   S4      userinfo and SFU calls follow no redirect
+ *           lookup_step_call                  blackbox/test_upstream.py
+ *   S5      no token unless the server asked named its own user
+ *           user_check, exchange_verified     blackbox/test_upstream.py
+ *   S8      input changes an outbound path by one encoded segment
+ *           bb_percent                        unit.c
+ *   S9      no secret or token in a log, metric or error
+ *           cfg_wipe                          blackbox/test_zz_canary.py
+ *   S10     one event is one line without raw control bytes
+ *           log_put_value                     blackbox/test_operations.py
+ *   S11     bytes have one framing            blackbox/test_framing.py
+ *   S12     no input enters a header outside its alphabet
+ *           conn_request_id                   blackbox/test_operations.py
+ *   S13     no heap; a full pool refuses      audit, test_limits.py
+ *   S14     no peer holds a slot beyond its phase's deadline
+ *           the machines' tables              blackbox/test_framing.py
+ *   S15     /healthz answers with all slots taken
+ *           conn_slot                         blackbox/test_limits.py
+ *   S16     a chain costs five signature checks, 8 certificates, 32 KB
+ *           hs_start_cert, tls_*_vrfy         blackbox/test_tls.py
+ *   S18     overflow is an error: bb_put, js_int_from, sl_u64    unit.c
+ *   S20     DNS answers match id and question; none loops
+ *           dns_parse                         blackbox/test_dns.py
+ *   S21     a certificate needs SAN, server use, an unconstrained path
+ *           hs_judge                          blackbox/test_tls.py
+ *   S22     a session never outlives its verification
+ *           chan_tls_up, ca_reload            blackbox/test_tls.py
+ *   S24     all lookup failures reply alike: exchange_fail
+ *                                             blackbox/test_upstream.py
+ *   S25     no input ends the process: must() on our own state only
+ *   S28     SIGTERM exits 0 within the drain time
+ *                                             blackbox/test_operations.py
+ *   S30     every TLS context is seeded by getrandom: chan_start_tls
+ *
+ * How to audit: build twice without a network and compare; `make audit`;
+ * read 00-04, then 05-14 line by line, then the functions above.
+ * Choices where the documents are silent
+ *   - A client's delegation request (delay_id) is checked and then refused
+ *     with M_BAD_JSON, as a full job table would be: Element Call repeats
+ *     without it and keeps its own short delay.
+ *   - A client that leaves is not waited for, its lookup ends all the
+ *     same: the caches and the kept connection serve the next one.
+ *   - Of an SFU's error only Twirp's `code` is logged, never its text.
+ */
+
 /* ==== 01 BUILD ======================================================== */
 
 #define _GNU_SOURCE
@@ -39,7 +143,7 @@ _Static_assert(sizeof(time_t) == 8, "64-bit time, also on 32-bit targets");
 enum {
     /* client side */
     LIM_CONN_CNT     = 1024,   /* client connections; LKJWT_MAX_CONNS */
-    LIM_LANE_CNT     = 16,     /* above them, for /healthz when all are taken */
+    LIM_LANE_CNT     = 16,     /* above them, for /healthz when all are busy */
     LIM_METRICS_CNT  = 4,      /* connections of the metrics listener */
     LIM_SLOT_CNT     = LIM_CONN_CNT + LIM_LANE_CNT + LIM_METRICS_CNT,
     LIM_LISTEN_CNT   = 4,      /* public and metrics, two families each */
@@ -155,19 +259,26 @@ enum {
 #define EVENT_TAB(X) \
     X(START,          1001, 'i', "serving") \
     X(ANCHORS,        1002, 'i', "trust anchors loaded") \
-    X(ANCHORS_BAD,    1003, 'e', "trust anchors not reloaded, the old set stays") \
+    X(ANCHORS_BAD,    1003, 'e', \
+      "trust anchors not reloaded, the old set stays") \
     X(CONFIG_WARN,    1004, 'w', "configuration") \
     X(CONFIG_BAD,     1005, 'e', "configuration") \
     X(STOPPING,       1006, 'i', "stopping") \
     X(STOPPED,        1007, 'i', "stopped") \
-    X(INSECURE,       1008, 'w', "TLS CERTIFICATES ARE NOT CHECKED: anyone on the network path can impersonate every homeserver. For labs only.") \
-    X(PRIVATE_OPEN,   1009, 'w', "full access for everyone: private addresses are allowed for DNS names") \
+    X(INSECURE,       1008, 'w', \
+      "TLS CERTIFICATES ARE NOT CHECKED: anyone on the network path can " \
+      "impersonate every homeserver. For labs only.") \
+    X(PRIVATE_OPEN,   1009, 'w', \
+      "full access for everyone: private addresses are allowed for DNS " \
+      "names") \
     X(LIMITS,         1010, 'i', "limits in force") \
     X(BIND_FAILED,    1011, 'e', "cannot listen") \
     X(FILES_READ,     1012, 'i', "resolver files read") \
     X(REQUEST,        1101, 'd', "request answered") \
     X(NOT_FOUND,      1103, 'd', "no such path") \
-    X(PREFIX_HINT,    1104, 'w', "no such path; it ends in a known one: the proxy does not strip its prefix, or LKJWT_PATH_PREFIX is missing") \
+    X(PREFIX_HINT,    1104, 'w', \
+      "no such path; it ends in a known one: the proxy does not strip " \
+      "its prefix, or LKJWT_PATH_PREFIX is missing") \
     X(H1_BARE_CR,     1201, 'i', "CR without LF") \
     X(H1_BARE_LF,     1202, 'i', "LF without CR") \
     X(H1_LINE,        1203, 'i', "malformed start line") \
@@ -175,8 +286,11 @@ enum {
     X(H1_TARGET,      1205, 'i', "malformed request target") \
     X(H1_FIELD,       1206, 'i', "malformed header field") \
     X(H1_HOST,        1207, 'i', "Host missing, repeated or malformed") \
-    X(H1_LENGTH,      1208, 'i', "Content-Length malformed, repeated or together with Transfer-Encoding") \
-    X(H1_CODING,      1209, 'i', "Transfer-Encoding malformed, repeated or not ending in chunked") \
+    X(H1_LENGTH,      1208, 'i', \
+      "Content-Length malformed, repeated or together with " \
+      "Transfer-Encoding") \
+    X(H1_CODING,      1209, 'i', \
+      "Transfer-Encoding malformed, repeated or not ending in chunked") \
     X(H1_CODING_UNKNOWN, 1210, 'i', "unknown transfer coding") \
     X(H1_CHUNK,       1211, 'i', "malformed chunk") \
     X(H1_TRAILER,     1212, 'i', "trailer section too large") \
@@ -192,7 +306,8 @@ enum {
     X(FD_FULL,        1307, 'e', "no file descriptor left") \
     X(CLIENT_GONE,    1308, 'd', "client closed before its reply") \
     X(JSON_SYNTAX,    1401, 'i', "body is not one JSON object") \
-    X(JSON_LIMIT,     1402, 'i', "JSON too deep, too many values or too long a number") \
+    X(JSON_LIMIT,     1402, 'i', \
+      "JSON too deep, too many values or too long a number") \
     X(JSON_DUPLICATE, 1403, 'i', "duplicate JSON member") \
     X(JSON_UTF8,      1404, 'i', "JSON text is not UTF-8") \
     X(JSON_UNKNOWN,   1405, 'i', "unknown JSON member") \
@@ -200,14 +315,18 @@ enum {
     X(FIELD_MISSING,  1407, 'i', "required member missing") \
     X(FIELD_LIMIT,    1408, 'i', "member too long") \
     X(FIELD_BAD,      1409, 'i', "malformed member") \
-    X(DELEGATION_RESTRICTED, 1410, 'i', "delegation asked by a restricted user") \
-    X(DELEGATION_OFF, 1411, 'i', "delegated leave is not served; the client repeats without it") \
-    X(QUEUE_FULL,     1501, 'w', "too many requests wait for this homeserver") \
+    X(DELEGATION_RESTRICTED, 1410, 'i', \
+      "delegation asked by a restricted user") \
+    X(DELEGATION_OFF, 1411, 'i', \
+      "delegated leave is not served; the client repeats without it") \
+    X(QUEUE_FULL,     1501, 'w', \
+      "too many requests wait for this homeserver") \
     X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
     X(GRANTED,        1601, 'i', "token granted") \
     X(NAME_BAD,       2001, 'i', "malformed server name") \
     X(SERVER_DENIED,  2002, 'i', "server name is blocked or not allowed") \
-    X(TOKEN_BAD,      2003, 'i', "OpenID token holds a control byte or blank") \
+    X(TOKEN_BAD,      2003, 'i', \
+      "OpenID token holds a control byte or blank") \
     X(DNS_NONE,       2101, 'i', "name has no address") \
     X(DNS_FAILED,     2102, 'w', "DNS server fails or does not answer") \
     X(DNS_BAD,        2103, 'i', "malformed DNS answer") \
@@ -219,15 +338,26 @@ enum {
     X(HS_TIMEOUT,     2205, 'w', "no complete answer in time") \
     X(TLS_FAILED,     2301, 'w', "TLS handshake failed") \
     X(TLS_TIMEOUT,    2302, 'w', "no TLS handshake in time") \
-    X(TLS_VERSION,    2303, 'w', "peer refuses TLS 1.2: enable TLS 1.2 there, or set an http:// override in LKJWT_FEDERATION_API_URL_OVERRIDES") \
-    X(TLS_REFUSED,    2304, 'w', "peer refuses the handshake: it may speak TLS 1.3 only, share no cipher suite, have an Ed25519 key, or demand extended master secret; enable TLS 1.2 with ECDHE and AES-GCM or ChaCha20 there, or set an http:// override") \
-    X(TLS_CHAIN,      2305, 'w', "certificate chain refused: malformed, too long, too large or a disallowed key") \
+    X(TLS_VERSION,    2303, 'w', \
+      "peer refuses TLS 1.2: enable TLS 1.2 there, or set an http:// " \
+      "override in LKJWT_FEDERATION_API_URL_OVERRIDES") \
+    X(TLS_REFUSED,    2304, 'w', \
+      "peer refuses the handshake: it may speak TLS 1.3 only, share no " \
+      "cipher suite, have an Ed25519 key, or demand extended master " \
+      "secret; enable TLS 1.2 with ECDHE and AES-GCM or ChaCha20 there, " \
+      "or set an http:// override") \
+    X(TLS_CHAIN,      2305, 'w', \
+      "certificate chain refused: malformed, too long, too large or a " \
+      "disallowed key") \
     X(TLS_NAME,       2306, 'w', "certificate is not for this name") \
     X(TLS_USAGE,      2307, 'w', "certificate is not for servers") \
     X(TLS_EXPIRED,    2308, 'w', "certificate not valid at this time") \
-    X(TLS_UNTRUSTED,  2309, 'w', "certificate chain leads to no trust anchor") \
-    X(TLS_CONSTRAINT, 2310, 'w', "certificate breaks an issuer's name constraints") \
-    X(TLS_SIGNATURE,  2311, 'w', "certificate signature wrong, weak or unsupported") \
+    X(TLS_UNTRUSTED,  2309, 'w', \
+      "certificate chain leads to no trust anchor") \
+    X(TLS_CONSTRAINT, 2310, 'w', \
+      "certificate breaks an issuer's name constraints") \
+    X(TLS_SIGNATURE,  2311, 'w', \
+      "certificate signature wrong, weak or unsupported") \
     X(TLS_CLOSED,     2312, 'w', "peer closed during the TLS handshake") \
     X(REPLY_CLOSED,   2401, 'w', "peer closed before its reply was complete") \
     X(REPLY_BAD,      2402, 'w', "malformed HTTP reply") \
@@ -235,7 +365,7 @@ enum {
     X(REPLY_STATUS,   2404, 'w', "unexpected HTTP status") \
     X(REPLY_JSON,     2405, 'w', "reply is not the JSON object expected") \
     X(REDIRECT_BAD,   2406, 'w', "redirect refused") \
-    X(WELL_KNOWN_NONE, 2501, 'd', "no usable well-known delegation") \
+    X(WELL_KNOWN_NONE, 2501, 'i', "no usable well-known delegation") \
     X(TOKEN_UNKNOWN,  2502, 'i', "homeserver does not know the OpenID token") \
     X(SUB_BAD,        2503, 'w', "homeserver named no valid user of its own") \
     X(CLAIM_MISMATCH, 2504, 'i', "claimed_user_id is not the token's user") \
@@ -271,9 +401,13 @@ static const struct event_row {
     X(NOT_JSON,     400, "M_NOT_JSON",       "Error reading request") \
     X(BAD_JSON,     400, "M_BAD_JSON",       NULL) \
     X(LIMITED,      429, "M_LIMIT_EXCEEDED", "Too many requests") \
-    X(UNAUTHORIZED, 401, "M_UNAUTHORIZED",   "The request could not be authorised.") \
-    X(RESTRICTED,   400, "M_BAD_JSON",       "Delegation of delayed events is only supported for full access users") \
-    X(NO_DELEGATION, 400, "M_BAD_JSON",      "Delegation of delayed events is not available") \
+    X(UNAUTHORIZED, 401, "M_UNAUTHORIZED", \
+      "The request could not be authorised.") \
+    X(RESTRICTED,   400, "M_BAD_JSON", \
+      "Delegation of delayed events is only supported for full access " \
+      "users") \
+    X(NO_DELEGATION, 400, "M_BAD_JSON", \
+      "Delegation of delayed events is not available") \
     X(SFU,          500, "M_UNKNOWN",        "Unable to create room on SFU") \
     X(INTERNAL,     500, "M_UNKNOWN",        "Internal Server Error")
 
@@ -1648,11 +1782,8 @@ static bool h1_host_ok(sl in, const struct h1_head *h)
         return false;
     if (h->seen[H1_HOST] == 0)
         return true;
-    for (size_t i = 0; i < v.len; i++)
-        if (!is_unreserved(v.p[i])
-            && (v.p[i] == 0 || !strchr("%!$&'()*+,;=:[]", v.p[i])))
-            return false;
-    return v.len > 0;
+    struct name n;
+    return host_parse(v, true, &n);
 }
 
 /* Judge a Transfer-Encoding value: only `chunked`. Returns 0 or -EV_*. */
@@ -1742,6 +1873,7 @@ struct h1_chunk {
     uint16_t ext_len;        /* of this chunk */
     uint32_t overhead_len;   /* framing bytes of the body */
     uint16_t line_len, trailer_len, trailer_cnt;
+    bool     has_colon;      /* in this trailer line */
 };
 
 /* Judge one framing byte. Returns 0 or -EV_*. */
@@ -1783,20 +1915,24 @@ MUST_USE static int h1_chunk_byte(struct h1_chunk *c, uint8_t byte)
         c->state = c->state == CHUNK_DATA_CR ? CHUNK_DATA_LF : CHUNK_SIZE;
         return 0;
     case CHUNK_TRAILER:
-        if (byte == '\r')
+        if (byte == '\r' && (c->has_colon || c->line_len == 0))
             c->state = CHUNK_TRAILER_LF;
-        else if (!is_text)
+        else if (!is_text || (byte == ':' && c->line_len == 0)
+                 || (!c->has_colon && byte != ':'
+                     && !h1_is_token((sl){ &byte, 1 })))
             return -EV_H1_CHUNK;
         else if (++c->trailer_len > LIM_TRAILER_LEN
                  || (c->line_len++ == 0
                      && ++c->trailer_cnt > LIM_TRAILER_CNT))
             return -EV_H1_TRAILER;
+        c->has_colon |= byte == ':';
         return 0;
     case CHUNK_TRAILER_LF:
         if (byte != '\n')
             return -EV_H1_CHUNK;
         c->state = c->line_len ? CHUNK_TRAILER : CHUNK_END;
         c->line_len = 0;
+        c->has_colon = false;
         return 0;
     case CHUNK_DATA:
     case CHUNK_END:
@@ -2137,7 +2273,7 @@ static void jwt_sign(struct bb *b, const br_hmac_key_context *sec_key,
     b64_put(b, b64_url, (sl){ mac, 32 });
 }
 
-/* `"iss":…[,"sub":…],"exp":…,"nbf":…,"iat":…`: what all tokens share. */
+/* Append iss, sub (unless empty), exp, nbf, iat: what all tokens share. */
 static void jwt_times(struct bb *b, sl key, sl sub, int64_t now_wall,
     int64_t ttl_s)
 {
@@ -3276,7 +3412,24 @@ static void met_put(struct bb *b, const struct met *m)
         (uint64_t)m->start_ms / 1000);
 }
 
-/* ---- what PART II sees of the world ---- */
+/* ==== 15 LOG, RESOLVER ============= PART II: MACHINES ================
+ * Purpose  Addresses and SRV records of a name: hosts file, cache, DNS.
+ * Log      One event, one line: the row of the event table and pairs.
+ *          Values are escaped and cut; a blocked stderr loses lines, never
+ *          time.
+ * Trust    Nameservers are the operator's; their answers are not trusted
+ *          beyond the question asked (section 09 judges them).
+ * Limits   LIM_QUERY_CNT, LIM_DNSCACHE_CNT, LIM_DNS_MS.
+ * INV-R1   A question in flight has exactly one pending cache entry; equal
+ *          questions share it.
+ *
+ * row state      waits for  limit            success  failure, timeout
+ * R1  Q_UDP      POLLIN     resolv timeout   done     next server, else done
+ *                                            R2 when the answer is cut
+ * R2  Q_TCP_DIAL POLLOUT    resolv timeout   R3       next server, else done
+ * R3  Q_TCP_RECV POLLIN     resolv timeout   done     next server, else done
+ * done: the cache entry gets the result, waiters are woken, slot is free
+ */
 
 static struct cfg cfg;
 static struct met met;               /* what is counted (section 14) */
@@ -3305,10 +3458,6 @@ static const struct resolv *io_resolv(void);
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline);
 static void loop_wake(enum kind kind, size_t idx);
-
-/* ==== 14b LOG ================ shared by PART II and III ==============
- * One event, one line: the row of the event table and key-value pairs.
- */
 
 struct log_kv { const char *key; sl value; };
 #define KV(key, ...) { (key), __VA_ARGS__ }
@@ -3417,22 +3566,6 @@ static sl text_addr(uint8_t buf[64], const struct addr *a)
     bb_ip(&b, &a->ip, a->port);
     return (sl){ buf, b.len };
 }
-
-/* ==== 15 RESOLVER ================== PART II: MACHINES ================
- * Purpose  Addresses and SRV records of a name: hosts file, cache, DNS.
- * Trust    Nameservers are the operator's; their answers are not trusted
- *          beyond the question asked (section 09 judges them).
- * Limits   LIM_QUERY_CNT, LIM_DNSCACHE_CNT, LIM_DNS_MS.
- * INV-R1   A question in flight has exactly one pending cache entry; equal
- *          questions share it.
- *
- * row state      waits for  limit            success  failure, timeout
- * R1  Q_UDP      POLLIN     resolv timeout   done     next server, else done
- *                                            R2 when the answer is cut
- * R2  Q_TCP_DIAL POLLOUT    resolv timeout   R3       next server, else done
- * R3  Q_TCP_RECV POLLIN     resolv timeout   done     next server, else done
- * done: the cache entry gets the result, waiters are woken, slot is free
- */
 
 enum query_state { Q_FREE, Q_UDP, Q_TCP_DIAL, Q_TCP_RECV };
 
@@ -4034,6 +4167,14 @@ static bool hs_is_anchor(const struct cert *leaf)
     return false;
 }
 
+/* Whether the leaf's usages allow a TLS server (step 3). */
+static bool hs_may_serve(const struct cert *leaf)
+{
+    return (!leaf->has_ext_usage || leaf->is_server)
+        && (!leaf->has_usage || leaf->can_sign)
+        && (!leaf->is_ca || hs_is_anchor(leaf));
+}
+
 /* BearSSL's own verdict on the path. Returns 0 or a BR_ERR_X509_*. */
 static unsigned hs_minimal(struct hs *h, const struct cert *c,
     const size_t *path, size_t path_cnt, const br_x509_trust_anchor *ta,
@@ -4096,10 +4237,7 @@ static enum event hs_judge(struct hs *h)
     h->not_after = c[0].not_after;
     if (h->is_insecure)
         return EV_NONE;
-    if ((c[0].has_ext_usage && !c[0].is_server)
-        || (c[0].has_usage && !c[0].can_sign))
-        return EV_TLS_USAGE;
-    if (c[0].is_ca && !hs_is_anchor(&c[0]))
+    if (!hs_may_serve(&c[0]))
         return EV_TLS_USAGE;
     if (!cert_names_peer(&c[0], &h->peer))
         return EV_TLS_NAME;
@@ -5672,7 +5810,11 @@ static void lookup_fetch(struct lookup *l, int64_t now)
 static void lookup_wk_none(struct lookup *l, enum event why, bool passing,
     int64_t now)
 {
+    uint8_t addr[64];
     LOG(EV_WELL_KNOWN_NONE, KV("req", l->req), KV("server", l->name.whole),
+        KV("step", SL("well-known")), KV("host", l->url.name.host),
+        KV("addr", l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
+                                            : (sl){ NULL, 0 }),
         KV("reason", sl_str(event_tab[why].label)));
     note("well-known", false, l->name.whole, sl_str(event_tab[why].text));
     wk_finish(l, (sl){ NULL, 0 }, 0, passing, now);
@@ -6075,7 +6217,7 @@ enum { M_GET = 1, M_HEAD = 2, M_POST = 4, M_OPTIONS = 8 };
 static const struct route {
     const char *path, *allow;
     uint8_t methods;
-    bool is_cors;                    /* JSON endpoint: headers on all replies */
+    bool is_cors;                    /* JSON endpoint: CORS on all replies */
     bool is_metrics;                 /* on the metrics listener instead */
     enum route_label label;
     void (*start)(struct conn *c, int64_t now);
@@ -6246,7 +6388,8 @@ static void conn_answer(struct conn *c, const struct answer *a, int64_t now)
         c->head.method), SL("HEAD"));
     bool cors = c->route && c->route->is_cors;
     c->code = (uint16_t)a->code;
-    c->is_keep = c->is_keep && !srv_stopping && h1_keeps(&c->head);
+    c->is_keep = c->is_keep && !srv_stopping && !conn_is_lane(c)
+        && h1_keeps(&c->head);
     bb_str(&b, "HTTP/1.1 ");
     bb_u64(&b, a->code);
     bb_byte(&b, ' ');
@@ -6494,26 +6637,27 @@ static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
             now);
 }
 
-/* Use what has arrived: at most one request. */
-static void conn_process(struct conn *c, int64_t now)
+/* Use what has arrived: at most one request. False: more must arrive. */
+static bool conn_process(struct conn *c, int64_t now)
 {
     uint8_t *in = conn_in[conn_idx(c)];
     if (c->state == C_HEAD) {
-        if (c->in_len == 0)
-            return;
         int n = h1_parse_head((sl){ in, c->in_len }, false, &c->head);
+        if (n == 0)
+            return false;
         if (n < 0)
             conn_refuse(c, (enum event)-n, now);
-        else if (n > 0)
+        else
             conn_head(c, (size_t)n, now);
     }
     if (c->state != C_BODY)
-        return;
+        return true;
     int err = intake_take(&c->body, in, c->head_len, LIM_IN_LEN, &c->in_len);
     if (err)
         conn_body_failed(c, (enum event)-err, now);
     else if (c->body.is_done)
         conn_dispatch(c, now);
+    return err || c->state != C_BODY;
 }
 
 /* The stage's deadline passed. */
@@ -6592,9 +6736,7 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
     case C_BODY:
         if (revents)
             conn_read(c, now);
-        if (c->state != C_FREE)
-            conn_process(c, now);
-        if ((c->state == C_HEAD || c->state == C_BODY) && c->is_eof)
+        if (c->state != C_FREE && !conn_process(c, now) && c->is_eof)
             conn_close(c);
         break;
     case C_WAIT:
@@ -6617,11 +6759,11 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
-/* The oldest connection in [0, max) that holds no complete request. */
-static struct conn *conn_oldest_idle(void)
+/* The oldest connection in [from, to) that holds no complete request. */
+static struct conn *conn_oldest_idle(size_t from, size_t to)
 {
     struct conn *best = NULL;
-    for (size_t i = 0; i < (size_t)cfg.max_conns; i++) {
+    for (size_t i = from; i < to; i++) {
         struct conn *c = &conn_pool[i];
         if ((c->state == C_HEAD || c->state == C_BODY || c->state == C_LINGER)
             && (!best || c->since < best->since))
@@ -6630,28 +6772,29 @@ static struct conn *conn_oldest_idle(void)
     return best;
 }
 
-/* A free slot for a new client: the pool, else the oldest idle one's, else
- * the lane for health checks. NULL: refuse. */
-static struct conn *conn_slot(bool is_metrics)
+/* A slot in [from, to): a free one, else the oldest idle one's. */
+static struct conn *conn_slot_in(size_t from, size_t to)
 {
-    size_t from = is_metrics ? LIM_CONN_CNT + LIM_LANE_CNT : 0;
-    size_t to = is_metrics ? LIM_SLOT_CNT : (size_t)cfg.max_conns;
     for (size_t i = from; i < to; i++)
         if (conn_pool[i].state == C_FREE)
             return &conn_pool[i];
-    if (is_metrics)
-        return NULL;
-    struct conn *old = conn_oldest_idle();
+    struct conn *old = conn_oldest_idle(from, to);
     if (old) {
         LOG0(EV_CONN_FULL);
         conn_close(old);
-        return old;
     }
-    for (size_t i = (size_t)cfg.max_conns;
-         i < (size_t)cfg.max_conns + LIM_LANE_CNT; i++)
-        if (conn_pool[i].state == C_FREE)
-            return &conn_pool[i];
-    return NULL;
+    return old;
+}
+
+/* A slot for a new client: the pool, else the lane for health checks.
+ * NULL: refuse. */
+static struct conn *conn_slot(bool is_metrics)
+{
+    size_t max = (size_t)cfg.max_conns;
+    if (is_metrics)
+        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT);
+    struct conn *c = conn_slot_in(0, max);
+    return c ? c : conn_slot_in(max, max + LIM_LANE_CNT);
 }
 
 /* Adopt an accepted socket. */
@@ -7623,7 +7766,7 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
     X(LKJWT_DRAIN_S, ENV_NUMBER, TO(drain_ms), NULL, 0, 600, 1000, "7", \
       "seconds for requests in flight after that") \
     X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
-      "yes: short secrets, `*`, TLS-off and ws:// to a public host are fatal") \
+      "yes: short secrets, `*`, TLS-off, ws:// to a public host are fatal") \
     X(LIVEKIT_REDIS_URL, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: delegated leave") \
     X(LIVEKIT_REDIS_PASSWORD, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
@@ -8118,6 +8261,7 @@ static void cfg_warn_environment(void)
 {
     static const char *const proxy[] = { "HTTP_PROXY", "HTTPS_PROXY",
         "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy" };
+    const char *told = "";
     for (char **e = environ; e && *e; e++) {
         sl name = sl_str(*e);
         name.len = sl_find(name, '=');
@@ -8138,8 +8282,11 @@ static void cfg_warn_environment(void)
             break;
         }
     for (size_t i = 0; i < COUNT_OF(env_tab); i++)
-        if (env_tab[i].kind == ENV_LATER && env_get(env_tab[i].name).len)
-            cfg_say(EV_CONFIG_WARN, env_tab[i].name, env_tab[i].help);
+        if (env_tab[i].kind == ENV_LATER && env_get(env_tab[i].name).len
+            && strcmp(told, env_tab[i].help) != 0) {
+            told = env_tab[i].help;          /* once a family */
+            cfg_say(EV_CONFIG_WARN, env_tab[i].name, told);
+        }
 }
 
 /* Read the whole environment. True if it can be served with. */
@@ -8578,7 +8725,7 @@ static enum step listen_step(size_t idx, int revents, int64_t now)
         if (fd == -EAGAIN)
             return STEP_WAIT;
         if (fd < 0) {
-            struct conn *old = conn_oldest_idle();
+            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT);
             LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
             if (old)
                 conn_close(old);
@@ -8667,7 +8814,8 @@ static const char license_text[] =
     "The above copyright notice and this permission notice shall be included\n"
     "in all copies or substantial portions of the Software.\n"
     "\n"
-    "THE SOFTWARE IS PROVIDED \"AS IS\", WITHOUT WARRANTY OF ANY KIND, EXPRESS\n"
+    "THE SOFTWARE IS PROVIDED \"AS IS\", WITHOUT WARRANTY OF ANY KIND, "
+    "EXPRESS\n"
     "OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF\n"
     "MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT.\n"
     "IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY\n"
@@ -8675,12 +8823,15 @@ static const char license_text[] =
     "TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE\n"
     "SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.\n";
 
+static bool out_failed;
+
 /* Print to stdout at once; what a command prints is small. */
 static void out(const char *text)
 {
     sl rest = sl_str(text);
     while (rest.len) {
         ssize_t n = io_write(1, rest);
+        out_failed |= n <= 0;
         if (n <= 0)
             return;
         rest = sl_skip(rest, (size_t)n);
@@ -8757,7 +8908,8 @@ static int main_ca_list(int argc, char **argv)
     struct anchor a;
     (void)argc;
     (void)argv;
-    bool ok = cfg_load() | ca_load();
+    bool ok = cfg_load();
+    ok = ca_load() && ok;
     sl rest = { anchor_set[anchor_now].data, anchor_set[anchor_now].len };
     while (anchor_take(&rest, &a)) {
         main_dn_text(a.name, name, sizeof name);
@@ -8979,7 +9131,7 @@ static bool health_ask(int fd, const struct sockaddr *sa, socklen_t len,
     if (left <= 0 || poll(&p, 1, (int)left) != 1 || io_connected(fd)
         || io_write(fd, SL(request)) != (ssize_t)sizeof request - 1)
         return false;
-    while (got < 12) {
+    while (got < 13) {
         p.events = POLLIN;
         left = end - io_now();
         if (left <= 0 || poll(&p, 1, (int)left) != 1)
@@ -8989,7 +9141,7 @@ static bool health_ask(int fd, const struct sockaddr *sa, socklen_t len,
             return false;
         got += (size_t)n;
     }
-    return memcmp(reply, "HTTP/1.1 200", 12) == 0;
+    return memcmp(reply, "HTTP/1.1 200 ", 13) == 0;
 }
 
 static bool health_ask_addr(const struct addr *a, int64_t end)
@@ -9196,8 +9348,11 @@ int main(int argc, char **argv)
         want = "--healthcheck";
     for (size_t i = 0; i < COUNT_OF(command_tab); i++)
         if (strcmp(want, command_tab[i].name) == 0
-            && argc - 2 <= command_tab[i].max_args)
-            return command_tab[i].run(argc - 2 > 0 ? argc - 2 : 0, argv + 2);
+            && argc - 2 <= command_tab[i].max_args) {
+            int status = command_tab[i].run(argc > 2 ? argc - 2 : 0,
+                argv + 2);
+            return status == 0 && out_failed ? 1 : status;
+        }
     (void)main_help(0, NULL);
     return 1;
 }

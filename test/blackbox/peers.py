@@ -623,7 +623,7 @@ def protobuf_encode(*fields):
 
 
 class Sfu(HttpServer):
-    """Twirp RoomService as LiveKit answers it. A valid CreateRoom lands in .rooms as a dict: name,
+    """Twirp RoomService as LiveKit answers it; GetParticipant finds nobody. A valid CreateRoom lands in .rooms as a dict: name,
     empty_timeout, departure_timeout, fields, body, claims, token. fail: Reply(s) in place of the success."""
 
     def __init__(self, key, secret, addrs=(("127.0.0.1", 0),), tls=None, prefix="", **tls_options):
@@ -636,7 +636,8 @@ class Sfu(HttpServer):
             self.rooms.clear()
 
     def answer(self, req):
-        if req.path != self.prefix + CREATE_ROOM or req.method != "POST":
+        method = req.path.removeprefix(self.prefix + CREATE_ROOM.removesuffix("CreateRoom"))
+        if method not in ("CreateRoom", "GetParticipant") or req.method != "POST":
             return Reply(404, {"code": "bad_route", "msg": "no handler", "meta": {}})
         auth = req.header("authorization") or ""
         if not auth.startswith("Bearer "):
@@ -646,8 +647,11 @@ class Sfu(HttpServer):
                                   options={"require": ["exp", "iss", "nbf"]})
         except pyjwt.InvalidTokenError as e:
             return Reply(401, f"invalid token: {e}", ctype="text/plain")
-        if not claims.get("video", {}).get("roomCreate"):
+        video = claims.get("video", {})
+        if not (video.get("roomCreate") if method == "CreateRoom" else video.get("roomAdmin")):
             return Reply(401, {"code": "unauthenticated", "msg": "permissions denied"})
+        if method == "GetParticipant":
+            return Reply(404, {"code": "not_found", "msg": "participant does not exist"})
         try:
             f = protobuf_decode(req.body)
             name = f[1][0].decode()
@@ -751,7 +755,7 @@ class Dns:
     or None (silence). .queries: list of (name, type, transport). Names compare without case."""
 
     def __init__(self, zone="", addr="127.0.0.1", port=0, ttl=300):
-        self.queries, self.packets, self.hooks, self.ttl = [], [], {}, ttl
+        self.queries, self.packets, self.hooks, self.errors, self.ttl = [], [], {}, [], ttl
         self.rrs, self.lock = {}, threading.Lock()
         self.any_hook = None
         self.tcp_step = 0           # send TCP answers so many bytes at a time
@@ -846,11 +850,13 @@ class Dns:
             self.packets.append({"name": name, "type": rtype, "transport": transport, "id": rec.header.id,
                                  "peer": peer, "data": data, "at": time.monotonic()})
             hook = self.hooks.get((name, rtype)) or self.hooks.get((name, "*")) or self.any_hook
-        out = hook(data, rec, transport) if hook else self.resolve(rec)
-        if out is None:
+        try:
+            out = hook(data, rec, transport) if hook else self.resolve(rec)
+            out = [] if out is None else out if isinstance(out, list) else [out]
+            return [bytes(o if isinstance(o, (bytes, bytearray)) else o.pack()) for o in out]
+        except Exception as e:      # a mistake in the hook: stop() raises it
+            self.errors.append(e)
             return []
-        out = out if isinstance(out, list) else [out]
-        return [o if isinstance(o, bytes) else o.pack() for o in out]
 
     def _udp(self):
         while self.running:
@@ -901,6 +907,8 @@ class Dns:
             t.join(HANG)
         self.udp.close()
         self.tcp.close()
+        if self.errors:
+            raise self.errors[0]
 
     def __enter__(self):
         return self

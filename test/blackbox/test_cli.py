@@ -2,10 +2,11 @@
 import re
 import subprocess
 
+import jwt as pyjwt
 import pytest
 
 from peers import Homeserver, Reply, Sfu
-from service import BIN, CANARY_SECRET, CANARY_TOKEN, ROOT, base_env, run_cli
+from service import BIN, CANARY_KEY, CANARY_SECRET, CANARY_TOKEN, ROOT, base_env, run_cli
 
 
 def test_version():
@@ -34,23 +35,25 @@ def test_license():
     got = run_cli(["--license"])
     assert (got.code, got.err) == (0, "")
     squeeze = lambda t: " ".join(t.split())
-    assert squeeze((ROOT / "LICENSE").read_text()) in squeeze(got.out)
+    ours = squeeze((ROOT / "LICENSE").read_text())
+    notice, grant = ours.index("Copyright"), ours.index("Permission is hereby granted")
+    assert ours[notice:grant].strip() in squeeze(got.out) and ours[grant:] in squeeze(got.out)
     for word in ("BearSSL", "Thomas Pornin", "musl", "Rich Felker"):
         assert word in got.out, word
 
 
 def test_ca_list():
     got = run_cli(["--ca-list"])
-    assert (got.code, got.err) == (0, "")
+    assert got.code == 0 and "CONFIG_BAD" not in got.err
     assert len(got.out.splitlines()) >= 100
     assert "ISRG Root X1" in got.out and "ISRG Root X2" in got.out
 
 
-@pytest.mark.parametrize("args", [["--nonsense"], ["serve"], ["-x"], ["--"], [""], ["--version", "x"],
+@pytest.mark.parametrize("args", [["--nonsense"], ["serve"], ["-x"], ["--"], ["--version", "x"],
                                   ["--check", "a", "b"], ["--help=1"], ["--healthcheck", "x"]], ids=" ".join)
 def test_unknown_argument(args):
     got = run_cli(args, base_env(), timeout=10)
-    assert got.code == 1 and got.out == "" and "--help" in got.err, got
+    assert got.code == 1 and "--help" in got.text, got
 
 
 @pytest.mark.parametrize("arg", ["--help", "--license", "--ca-list", "--print-config", "--version"])
@@ -74,15 +77,29 @@ def test_information_needs_no_configuration():
 
 # ---- --check
 
+def get_participant(sfu):
+    """As LiveKit: the token first, then the room that is not there."""
+    def answer(req):
+        try:
+            claims = pyjwt.decode(req.header("authorization").removeprefix("Bearer "), sfu.secret, algorithms=["HS256"],
+                                  issuer=sfu.key)
+        except pyjwt.InvalidTokenError as e:
+            return Reply(401, f"invalid token: {e}", ctype="text/plain")
+        assert claims["video"]["roomAdmin"] is True
+        return Reply(404, {"code": "not_found", "msg": "participant does not exist"})
+    return sfu.on("/twirp/livekit.RoomService/GetParticipant", answer)
+
+
 def check(rig, name=None, **env):
+    get_participant(rig.sfu)
     return run_cli(["--check"] + ([name] if name else []), rig.env(**env), timeout=60)
 
 
 def test_check_configuration(rig):
     got = check(rig)
     assert got.code == 0, got
-    # The SFU is asked too, with a token that makes nothing.
-    assert rig.sfu.netloc in got.out
+    # The SFU is asked too, but nothing is made there.
+    assert rig.sfu.netloc in got.out and rig.sfu.rooms == []
     got = run_cli(["--check"], base_env(LIVEKIT_URL="ftp://x", LKJWT_TOKEN_TTL_S="1"))
     assert got.code == 1 and "LIVEKIT_URL" in got.text and "LKJWT_TOKEN_TTL_S" in got.text
 
@@ -106,8 +123,13 @@ def test_check_names_what_is_wrong(rig, pki):
 
 def test_check_names_a_broken_sfu(rig):
     with Sfu("otherkey", "other-secret-other-secret-other-00") as other:
+        get_participant(other)
         got = check(rig, LKJWT_LIVEKIT_API_URL=other.url)
-        assert got.code == 1 and "401" in got.text, got
+        assert got.code == 1 and "key" in got.out and other.netloc in got.out, got
+    with Sfu(CANARY_KEY, CANARY_SECRET) as proxy:
+        proxy.on("/twirp/livekit.RoomService/GetParticipant", Reply(404, "404 page", ctype="text/html"))
+        got = check(rig, LKJWT_LIVEKIT_API_URL=proxy.url)
+        assert got.code == 1 and proxy.netloc in got.out, got
     got = check(rig, LKJWT_LIVEKIT_API_URL="http://127.0.0.1:1")
     assert got.code == 1 and "127.0.0.1:1" in got.text, got
 

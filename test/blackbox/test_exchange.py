@@ -277,6 +277,7 @@ SFU_FAILURES = {
 @pytest.mark.parametrize("path", ENDPOINTS)
 @pytest.mark.parametrize("row", SFU_FAILURES)
 def test_sfu_failure(svc, rig, path, row):
+    rig.sfu.drop_connections()      # a kept one that dies is tried again, besides
     rig.sfu.forget()
     rig.sfu.fail = lambda req: SFU_FAILURES[row]
     try:

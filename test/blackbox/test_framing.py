@@ -376,9 +376,11 @@ def test_413_by_length_comes_before_the_body(svc, path, length):
 
 @pytest.mark.parametrize("size", [b"10001", b"FFFFFFFF", b"7fffffff", b"80000000"])
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_413_by_chunk_size_comes_before_the_chunk(svc, path, size):
+def test_413_before_the_end_of_a_chunk(svc, path, size):
+    """One byte more than the cap decides, however large the chunk wants to be."""
     with svc.wire() as w:
-        w.send(f"POST {path} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + size + b"\r\n")
+        w.send(f"POST {path} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + size + b"\r\n"
+               + b"x" * 65537)
         reply = w.reply("POST")
         check_error(reply, 413, "M_TOO_LARGE")
         assert reply.header("Connection") == "close" and w.at_end()

@@ -60,7 +60,7 @@ def stand_in():
     up = [plain(a) for a in DENIED + PUBLIC if a not in NOT_ON_LO]
     add_addr(*up)
     certs = {"*.ssrf.test": pki().leaf(["*.ssrf.test"]),
-             None: pki().leaf(ips=dict.fromkeys(f(a) for a in [WEB, WEB6] + PUBLIC + PRIVATE + SPECIAL
+             None: pki().leaf(ips=dict.fromkeys(f(a) for a in [WEB, WEB6, "64:ff9b::a00:1"] + PUBLIC + PRIVATE + SPECIAL
                                          for f in (plain, str)))}
     with Homeserver([("*", 443), ("*", 8448)], tls=certs, sub=by_token) as hs:
         yield hs
@@ -82,7 +82,7 @@ def dns(hs):
 
 
 def address_record(name, address):
-    return f"{name}. {'AAAA' if ':' in address else 'A'} {address}\n"
+    return f"{name}. {'AAAA' if ':' in address else 'A'} {ipaddress.ip_address(address).exploded}\n"
 
 
 def hop_literal(address, dns, hs):

@@ -48,7 +48,7 @@ def network():
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory):
-    return Pki(str(tmp_path_factory.mktemp("pki")))
+    return Pki(str(tmp_path_factory.mktemp("pki")), key="p384")
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +57,10 @@ def world(pki, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     hosts = folder / "hosts"
     hosts.write_text(HOSTS)
-    alpha = Synapse(folder / "alpha", "alpha.test", ALPHA, 8448, pki.leaf(["matrix.alpha.test"]),
+    alpha = Synapse(folder / "alpha", "alpha.test", ALPHA, 8448, pki.leaf(["matrix.alpha.test"], key="p256"),
                     ["client", "federation"])
-    beta = Synapse(folder / "beta", "beta.test:8449", BETA, 8449, pki.leaf(["beta.test"]), ["openid"])
+    beta = Synapse(folder / "beta", "beta.test:8449", BETA, 8449, pki.leaf(["beta.test"], [BETA], key="rsa2048"),
+                   ["openid"])
     sfu = LiveKit(folder / "sfu")
     front = Homeserver((ALPHA_FRONT, 443), pki.leaf(["alpha.test"]), well_known="matrix.alpha.test:8448")
     try:

@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from peers import wait_for
 from service import CANARY_KEY, CANARY_PASSWORD, CANARY_SECRET, DEADLINE, ROOT
 
 HANG = 60    # seconds; only a hang is longer
-LIVEKIT = os.environ.get("LIVEKIT_SERVER_BIN", str(ROOT / ".deps/bin/livekit-server"))
+LIVEKIT = str(ROOT / ".deps/bin/livekit-server")
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 

@@ -12,8 +12,9 @@ WAYS = {"port 443 free": "found by /.well-known/matrix/server", "port 443 taken"
 
 
 def start():
-    return subprocess.Popen([sys.executable, "-I", str(ROOT / "test/demo/demo.py")], env={**os.environ, "LKJWT_BIN": BIN},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+    return subprocess.Popen([sys.executable, "-I", str(ROOT / "test/demo/demo.py")],
+                            env={**os.environ, "LKJWT_BIN": BIN}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd="/")
 
 
 def finish(demo):

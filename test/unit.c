@@ -1,0 +1,64 @@
+/* Unit tests: includes lkjwt.c, so every static function is in reach. The
+ * system calls of its section 23 are replaced by a scripted world with its
+ * own clock (unit_world.h); inputs lie before a page nobody may read. A
+ * test is a row of a table; vectors in test/vectors/ are readable text.
+ *
+ *   build/unit-gcc [-v] [GROUP...]     -v names every row
+ */
+#include "unit_world.h"
+#include "unit_text.h"
+#include "unit_json.h"
+#include "unit_http.h"
+#include "unit_dns.h"
+#include "unit_jwt.h"
+#include "unit_der.h"
+#include "unit_config.h"
+#include "unit_tls.h"
+#include "unit_machines.h"
+
+static const struct { const char *name; void (*run)(void); } group_tab[] = {
+    { "bytes", test_bytes }, { "base64", test_base64 },
+    { "utf8", test_utf8 }, { "names", test_names }, { "users", test_users },
+    { "urls", test_urls }, { "addresses", test_addresses },
+    { "percent", test_percent }, { "dates", test_dates },
+    { "logs", test_logs }, { "formats", test_formats },
+    { "metrics", test_metrics }, { "json", test_json },
+    { "json-suite", test_json_suite }, { "json-write", test_json_write },
+    { "http-head", test_http_head }, { "http-framing", test_http_framing },
+    { "chunked", test_chunked }, { "intake", test_intake },
+    { "routes", test_routes }, { "dns", test_dns },
+    { "dns-damage", test_dns_damage }, { "jwt", test_jwt },
+    { "protobuf", test_protobuf }, { "der", test_der },
+    { "certificates", test_certificates }, { "pem", test_pem },
+    { "anchors", test_anchors }, { "config", test_config },
+    { "judge", test_judge }, { "sessions", test_sessions },
+    { "resolver", test_resolver }, { "upstream", test_upstream },
+    { "discovery", test_discovery }, { "server", test_server },
+    { "exchange", test_exchange }, { "loop", test_loop },
+    { "faults", test_faults },
+};
+
+int main(int argc, char **argv)
+{
+    guard_open();
+    for (size_t i = 0; i < COUNT_OF(group_tab); i++) {
+        bool wanted = true;
+        for (int k = 1; k < argc; k++) {
+            if (strcmp(argv[k], "-v") == 0)
+                verbose = true;
+            else
+                wanted = false;
+        }
+        for (int k = 1; k < argc; k++)
+            wanted |= strcmp(argv[k], group_tab[i].name) == 0;
+        if (!wanted)
+            continue;
+        group = group_tab[i].name;
+        unsigned before = passed + failed;
+        group_tab[i].run();
+        if (passed + failed == before)
+            row("the group has rows", false, "none ran");
+    }
+    printf("%u passed, %u failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,718 @@
+/* The harness, and the scripted world that lkjwt.c runs in.
+ *
+ * Sockets are entries of sock_tab. A scenario sets world_dial (what becomes
+ * of a connection), world_sent (what a peer does with bytes) and lets
+ * loop_round() run: ppoll() moves the clock to whatever happens next.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#include <bearssl.h>
+
+/* ---- rows ---- */
+
+static unsigned passed, failed;
+static const char *group = "";
+static bool verbose;
+
+__attribute__((format(printf, 3, 4)))
+static bool row(const char *name, bool ok, const char *fmt, ...)
+{
+    va_list ap;
+    ok ? passed++ : failed++;
+    if (ok && !verbose)
+        return ok;
+    printf("%s %s: %s", ok ? "ok  " : "FAIL", group, name);
+    if (!ok) {
+        printf(": ");
+        va_start(ap, fmt);
+        vprintf(fmt, ap);
+        va_end(ap);
+    }
+    printf("\n");
+    fflush(stdout);
+    return ok;
+}
+
+/* A name made of parts, for rows inside loops. */
+__attribute__((format(printf, 1, 2)))
+static const char *name_of(const char *fmt, ...)
+{
+    static char text[8][256];
+    static unsigned turn;
+    char *out = text[turn++ % 8];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(out, sizeof text[0], fmt, ap);
+    va_end(ap);
+    return out;
+}
+
+/* ---- the guard page ---- */
+
+enum { GUARD_LEN = 1 << 20 };
+static uint8_t *guard_end;
+
+static void guard_open(void)
+{
+    uint8_t *p = mmap(NULL, GUARD_LEN + 65536, PROT_READ | PROT_WRITE,
+        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED
+        || mprotect(p + GUARD_LEN, 65536, PROT_NONE) != 0)
+        abort();
+    guard_end = p + GUARD_LEN;
+}
+
+/* A copy of the bytes that ends where reading traps. */
+static uint8_t *guarded(const void *p, size_t len)
+{
+    if (len > GUARD_LEN)
+        abort();
+    if (len)
+        memmove(guard_end - len, p, len);
+    return guard_end - len;
+}
+
+/* ---- the world ---- */
+
+enum { FD_BASE = 10000, SOCK_CNT = 4096, SOCK_BUF = 70000 };
+
+struct sock {
+    bool used, is_udp, is_listener, is_peer_closed, is_shut;
+    int family, type;
+    struct sockaddr_storage to;
+    int64_t up_at;             /* connected from then on; INT64_MAX never */
+    int dial_errno;            /* how connecting ends at up_at */
+    int now_errno;             /* connect() itself fails */
+    int64_t in_at;             /* in is readable from then on */
+    size_t in_off, in_len, out_len, seen;
+    bool is_eof, is_reset;     /* behind the bytes of in */
+    size_t room;               /* bytes write() still takes */
+    int tag;                   /* the scenario's own */
+    void *peer;
+    uint8_t in[SOCK_BUF], out[SOCK_BUF];
+};
+static struct sock *sock_tab[SOCK_CNT];
+
+static int64_t world_ms = 100000, world_wall = 1780000000000;
+static bool world_is_stuck;
+static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
+static void (*world_dial)(struct sock *s);
+static void (*world_sent)(struct sock *s);
+static unsigned world_accept_cnt;       /* clients waiting at a listener */
+static int world_accept_errno;
+static unsigned world_sockets, world_connects;
+
+/* Faults: the n-th call (from 0) that may fail does, once. */
+enum { FAULT_NONE = -1 };
+static long fault_at = FAULT_NONE, fault_seen;
+static int fault_errno;                 /* 0: a short read or write */
+
+static bool fault_now(void)
+{
+    return fault_seen++ == fault_at;
+}
+
+/* Lines written to stderr. */
+static char log_buf[1 << 20];
+static size_t log_len;
+
+static void log_clear(void)
+{
+    log_len = 0;
+    log_buf[0] = 0;
+}
+
+static bool log_has(const char *text)
+{
+    return strstr(log_buf, text) != NULL;
+}
+
+static uint64_t dice_state = 88172645463325252u;
+
+static uint64_t dice(void)
+{
+    dice_state ^= dice_state << 13;
+    dice_state ^= dice_state >> 7;
+    dice_state ^= dice_state << 17;
+    return dice_state;
+}
+
+static struct sock *sock_of(int fd)
+{
+    return fd >= FD_BASE && fd < FD_BASE + SOCK_CNT
+        && sock_tab[fd - FD_BASE] && sock_tab[fd - FD_BASE]->used
+        ? sock_tab[fd - FD_BASE] : NULL;
+}
+
+static int sock_fd(const struct sock *s)
+{
+    for (int i = 0; i < SOCK_CNT; i++)
+        if (sock_tab[i] == s)
+            return i + FD_BASE;
+    abort();
+}
+
+static struct sock *sock_new(void)
+{
+    for (int i = 0; i < SOCK_CNT; i++) {
+        if (sock_tab[i] && sock_tab[i]->used)
+            continue;
+        if (!sock_tab[i])
+            sock_tab[i] = malloc(sizeof *sock_tab[i]);
+        if (!sock_tab[i])
+            abort();
+        memset(sock_tab[i], 0, offsetof(struct sock, in));
+        sock_tab[i]->used = true;
+        sock_tab[i]->room = SIZE_MAX;
+        world_sockets++;
+        return sock_tab[i];
+    }
+    abort();
+}
+
+static unsigned sock_open_cnt(void)
+{
+    unsigned cnt = 0;
+    for (int i = 0; i < SOCK_CNT; i++)
+        cnt += sock_tab[i] && sock_tab[i]->used;
+    return cnt;
+}
+
+/* Make bytes arrive at the program's side. */
+static void sock_give(struct sock *s, const void *p, size_t len)
+{
+    if (s->in_off == s->in_len)
+        s->in_off = s->in_len = 0;
+    if (len > sizeof s->in - s->in_len)
+        abort();
+    memcpy(s->in + s->in_len, p, len);
+    s->in_len += len;
+}
+
+static void sock_say(struct sock *s, const char *text)
+{
+    sock_give(s, text, strlen(text));
+}
+
+static uint16_t sock_port(const struct sock *s)
+{
+    return ntohs(s->family == AF_INET6
+        ? ((const struct sockaddr_in6 *)(const void *)&s->to)->sin6_port
+        : ((const struct sockaddr_in *)(const void *)&s->to)->sin_port);
+}
+
+/* The address dialled, as text. */
+static const char *sock_host(const struct sock *s)
+{
+    static char text[INET6_ADDRSTRLEN];
+    if (s->family == AF_INET6)
+        inet_ntop(AF_INET6, &((const struct sockaddr_in6 *)(const void *)
+            &s->to)->sin6_addr, text, sizeof text);
+    else
+        inet_ntop(AF_INET, &((const struct sockaddr_in *)(const void *)
+            &s->to)->sin_addr, text, sizeof text);
+    return text;
+}
+
+static int w_socket(int family, int type, int protocol)
+{
+    (void)protocol;
+    if (fault_now() && fault_errno != EINTR && fault_errno != EAGAIN
+        && fault_errno != 0) {
+        errno = fault_errno;
+        return -1;
+    }
+    struct sock *s = sock_new();
+    s->family = family;
+    s->type = type;
+    s->is_udp = (type & 15) == SOCK_DGRAM;
+    return sock_fd(s);
+}
+
+static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return connect(fd, sa, len);
+    memcpy(&s->to, sa, len);
+    world_connects++;
+    s->up_at = s->is_udp ? 0 : world_ms;
+    if (fault_now() && fault_errno) {
+        errno = fault_errno;
+        if (fault_errno == EINTR)
+            s->up_at = world_ms + 1;
+        return -1;
+    }
+    if (world_dial)
+        world_dial(s);
+    if (s->now_errno || !s->is_udp) {
+        errno = s->now_errno ? s->now_errno : EINPROGRESS;
+        return -1;
+    }
+    return 0;
+}
+
+static int w_accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return accept4(fd, sa, len, flags);
+    if (fault_now() && fault_errno) {
+        errno = fault_errno;
+        return -1;
+    }
+    if (world_accept_errno) {
+        errno = world_accept_errno;
+        return -1;
+    }
+    if (world_accept_cnt == 0) {
+        errno = EAGAIN;
+        return -1;
+    }
+    world_accept_cnt--;
+    return sock_fd(sock_new());
+}
+
+static ssize_t w_read(int fd, void *p, size_t len)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return read(fd, p, len);
+    if (fault_now()) {
+        if (fault_errno) {
+            errno = fault_errno;
+            return -1;
+        }
+        len = len ? 1 : 0;
+    }
+    size_t have = s->in_at > world_ms ? 0 : s->in_len - s->in_off;
+    if (have == 0) {
+        if (s->in_at > world_ms || (!s->is_eof && !s->is_reset)) {
+            errno = EAGAIN;
+            return -1;
+        }
+        errno = ECONNRESET;
+        return s->is_reset ? -1 : 0;
+    }
+    size_t n = have < len ? have : len;
+    if (!s->is_udp && n > world_chunk)
+        n = world_chunk;
+    memcpy(p, s->in + s->in_off, n);
+    s->in_off = s->is_udp ? s->in_len : s->in_off + n;
+    return (ssize_t)n;
+}
+
+static ssize_t w_write(int fd, const void *p, size_t len)
+{
+    if (fd == 2) {
+        size_t room = sizeof log_buf - 1 - log_len;
+        size_t n = len < room ? len : room;
+        memcpy(log_buf + log_len, p, n);
+        log_len += n;
+        log_buf[log_len] = 0;
+        return (ssize_t)len;
+    }
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return write(fd, p, len);
+    if (fault_now()) {
+        if (fault_errno) {
+            errno = fault_errno;
+            return -1;
+        }
+        len = len && !s->is_udp ? 1 : len;
+    }
+    if (s->is_peer_closed || s->is_shut) {
+        errno = EPIPE;
+        return -1;
+    }
+    if (s->room == 0) {
+        errno = EAGAIN;
+        return -1;
+    }
+    size_t n = len < s->room ? len : s->room;
+    if (s->room != SIZE_MAX)
+        s->room -= n;
+    if (s->is_udp || n > sizeof s->out - s->out_len)
+        s->out_len = s->seen = 0;
+    if (n > sizeof s->out)
+        abort();
+    memcpy(s->out + s->out_len, p, n);
+    s->out_len += n;
+    if (world_sent)
+        world_sent(s);
+    return (ssize_t)n;
+}
+
+static int w_shutdown(int fd, int how)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return shutdown(fd, how);
+    s->is_shut = true;
+    return 0;
+}
+
+static int w_close(int fd)
+{
+    struct sock *s = sock_of(fd);
+    if (!s && fd >= FD_BASE) {       /* closed twice, or never open */
+        failed++;
+        printf("FAIL %s: close(%d): no such descriptor\n", group, fd);
+        errno = EBADF;
+        return -1;
+    }
+    if (!s)
+        return close(fd);
+    s->used = false;
+    free(s->peer);
+    s->peer = NULL;
+    return 0;
+}
+
+static int w_getsockopt(int fd, int level, int name, void *p, socklen_t *len)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return getsockopt(fd, level, name, p, len);
+    int err = fault_now() ? fault_errno : 0;
+    if (err == EINTR || err == EAGAIN)
+        err = 0;
+    err = err ? err : s->up_at <= world_ms ? s->dial_errno : 0;
+    memcpy(p, &err, sizeof err);
+    return 0;
+}
+
+static int w_setsockopt(int fd, int level, int name, const void *p,
+    socklen_t len)
+{
+    return sock_of(fd) ? 0 : setsockopt(fd, level, name, p, len);
+}
+
+static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
+{
+    if (cnt == 1 && p->fd == 2) {    /* io_log asks */
+        p->revents = POLLOUT;
+        return 1;
+    }
+    return poll(p, cnt, ms);
+}
+
+/* What poll says of a socket; *next is the time of its next change. */
+static short sock_events(const struct sock *s, short want, int64_t *next)
+{
+    short got = 0;
+    if (s->is_listener)
+        return world_accept_cnt || world_accept_errno ? want & POLLIN : 0;
+    if (!s->is_udp && s->up_at > world_ms) {
+        if (s->up_at < *next)
+            *next = s->up_at;
+        return 0;
+    }
+    if (s->dial_errno)
+        got |= POLLERR | POLLHUP | (want & POLLOUT);
+    bool has = s->in_len > s->in_off || s->is_eof || s->is_reset;
+    if (has && s->in_at > world_ms) {
+        if (s->in_at < *next)
+            *next = s->in_at;
+    } else if (has) {
+        got |= want & POLLIN;
+        if (s->is_reset)
+            got |= POLLERR | POLLHUP;
+    }
+    if (s->room)
+        got |= want & POLLOUT;
+    return got;
+}
+
+static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
+    const sigset_t *mask)
+{
+    (void)mask;
+    int64_t limit = wait ? world_ms + wait->tv_sec * 1000
+        + (wait->tv_nsec + 999999) / 1000000 : INT64_MAX;
+    for (;;) {
+        int64_t next = INT64_MAX;
+        int ready = 0;
+        for (nfds_t i = 0; i < cnt; i++) {
+            const struct sock *s = sock_of(p[i].fd);
+            p[i].revents = s ? sock_events(s, p[i].events, &next) : POLLNVAL;
+            ready += p[i].revents != 0;
+        }
+        if (ready)
+            return ready;
+        if (next >= limit) {
+            if (limit == INT64_MAX)
+                world_is_stuck = true;
+            else
+                world_ms = limit > world_ms ? limit : world_ms;
+            return 0;
+        }
+        world_ms = next;
+    }
+}
+
+static int w_clock_gettime(clockid_t id, struct timespec *t)
+{
+    int64_t ms = id == CLOCK_REALTIME ? world_wall + world_ms : world_ms;
+    t->tv_sec = ms / 1000;
+    t->tv_nsec = ms % 1000 * 1000000;
+    return 0;
+}
+
+static bool world_is_random = true;     /* else zero bytes: no choice */
+
+static long w_syscall(long number, ...)
+{
+    va_list ap;
+    va_start(ap, number);
+    long a = va_arg(ap, long), b = va_arg(ap, long), c = va_arg(ap, long);
+    va_end(ap);
+    if (number == SYS_getrandom) {
+        uint8_t *p = (uint8_t *)a;
+        for (long i = 0; i < b; i++)
+            p[i] = world_is_random ? (uint8_t)(dice() >> 32) : 0;
+        return b;
+    }
+    return syscall(number, a, b, c);
+}
+
+#define socket(a, b, c) w_socket(a, b, c)
+#define connect(a, b, c) w_connect(a, b, c)
+#define accept4(a, b, c, d) w_accept4(a, b, c, d)
+#define read(a, b, c) w_read(a, b, c)
+#define write(a, b, c) w_write(a, b, c)
+#define shutdown(a, b) w_shutdown(a, b)
+#define close(a) w_close(a)
+#define getsockopt(a, b, c, d, e) w_getsockopt(a, b, c, d, e)
+#define setsockopt(a, b, c, d, e) w_setsockopt(a, b, c, d, e)
+#define poll(a, b, c) w_poll(a, b, c)
+#define ppoll(a, b, c, d) w_ppoll(a, b, c, d)
+#define clock_gettime(a, b) w_clock_gettime(a, b)
+#define syscall(...) w_syscall(__VA_ARGS__, 0L, 0L, 0L)
+#undef _GNU_SOURCE
+#define main lkjwt_main
+#include "../lkjwt.c"
+#undef main
+#undef socket
+#undef connect
+#undef accept4
+#undef read
+#undef write
+#undef shutdown
+#undef close
+#undef getsockopt
+#undef setsockopt
+#undef poll
+#undef ppoll
+#undef clock_gettime
+#undef syscall
+
+/* ---- comparing ---- */
+
+static const char *ev_label(int code)
+{
+    static char text[32];
+    int e = code < 0 ? -code : code;
+    if (code >= 0 || e >= EV_CNT) {
+        snprintf(text, sizeof text, "%d", code);
+        return text;
+    }
+    return event_tab[e].label;
+}
+
+/* The event of a label, "ok" 0; -1: no such event. */
+static int ev_find(const char *label)
+{
+    if (strcmp(label, "ok") == 0)
+        return 0;
+    for (int e = 1; e < EV_CNT; e++)
+        if (strcmp(event_tab[e].label, label) == 0)
+            return e;
+    return -1;
+}
+
+static bool row_ev(const char *name, int got, int want)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%s", ev_label(want));
+    return row(name, got == want, "got %s, want %s", ev_label(got), text);
+}
+
+static bool row_int(const char *name, int64_t got, int64_t want)
+{
+    return row(name, got == want, "got %lld, want %lld", (long long)got,
+        (long long)want);
+}
+
+static bool row_text(const char *name, sl got, sl want)
+{
+    return row(name, sl_eq(got, want), "got `%.*s`, want `%.*s`",
+        (int)got.len, (const char *)got.p, (int)want.len,
+        (const char *)want.p);
+}
+
+static bool row_str(const char *name, sl got, const char *want)
+{
+    return row_text(name, got, sl_str(want));
+}
+
+/* ---- vector files ---- */
+
+enum { VEC_FIELDS = 8, VEC_LEN = 200000 };
+
+/* One line of a vector file, its fields unescaped. */
+struct vec {
+    const char *file;
+    int line;
+    size_t cnt;
+    char *field[VEC_FIELDS];
+    size_t len[VEC_FIELDS];
+};
+
+static sl vec_sl(const struct vec *v, size_t i)
+{
+    return i < v->cnt ? (sl){ (uint8_t *)v->field[i], v->len[i] }
+                      : (sl){ NULL, 0 };
+}
+
+static const char *vec_str(const struct vec *v, size_t i)
+{
+    return i < v->cnt ? v->field[i] : "";
+}
+
+static int hex_digit(int c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f'
+        ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* Undo \r \n \t \s \\ \xNN; \{N}TEXT{} is TEXT repeated N times. */
+static size_t vec_unescape(char *out, const char *in, size_t len)
+{
+    size_t n = 0, times = 0, from = 0;
+    for (size_t i = 0; i < len; i++) {
+        if (times && in[i] == '{' && i + 1 < len && in[i + 1] == '}') {
+            size_t unit = n - from;
+            for (size_t k = 1; k < times; k++) {
+                if (n + unit > VEC_LEN)
+                    abort();
+                memcpy(out + n, out + from, unit);
+                n += unit;
+            }
+            times = 0;
+            i++;
+            continue;
+        }
+        if (in[i] != '\\' || i + 1 == len) {
+            out[n++] = in[i];
+            continue;
+        }
+        char c = in[++i];
+        if (c == '{') {
+            for (i++; in[i] != '}'; i++)
+                times = times * 10 + (size_t)(in[i] - '0');
+            from = n;
+        } else if (c == 'x') {
+            out[n++] = (char)(hex_digit(in[i + 1]) << 4
+                | hex_digit(in[i + 2]));
+            i += 2;
+        } else {
+            out[n++] = c == 'r' ? '\r' : c == 'n' ? '\n' : c == 't' ? '\t'
+                : c == 's' ? ' ' : c;
+        }
+    }
+    out[n] = 0;
+    return n;
+}
+
+static void file_read(const char *path, char *buf, size_t cap, size_t *len)
+{
+    FILE *f = fopen(path, "rb");
+    *len = 0;
+    if (!f) {
+        row(path, false, "cannot be read");
+        return;
+    }
+    *len = fread(buf, 1, cap - 1, f);
+    buf[*len] = 0;
+    fclose(f);
+}
+
+/* Call use for every line that is neither empty nor a comment. Fields are
+ * separated by ` | `. */
+static void vec_each(const char *file, void (*use)(struct vec *v))
+{
+    static char text[1 << 20], mem[VEC_FIELDS][VEC_LEN + 1];
+    char path[256];
+    size_t len;
+    int line = 0;
+    snprintf(path, sizeof path, "test/vectors/%s", file);
+    file_read(path, text, sizeof text, &len);
+    for (char *p = text; p < text + len; ) {
+        char *end = memchr(p, '\n', (size_t)(text + len - p));
+        end = end ? end : text + len;
+        struct vec v = { .file = file, .line = ++line };
+        if (p < end && *p != '#') {
+            for (char *from = p; from <= end && v.cnt < VEC_FIELDS; ) {
+                char *cut = memmem(from, (size_t)(end - from), " | ", 3);
+                cut = cut ? cut : end;
+                v.field[v.cnt] = mem[v.cnt];
+                v.len[v.cnt] = vec_unescape(mem[v.cnt], from,
+                    (size_t)(cut - from));
+                v.cnt++;
+                from = cut + (cut == end ? 1 : 3);
+            }
+            use(&v);
+        }
+        p = end + 1;
+    }
+}
+
+static const char *vec_name(const struct vec *v, const char *text)
+{
+    return name_of("%s:%d %.80s", v->file, v->line, text);
+}
+
+/* Hex digits and 'quoted text' to bytes; `;` starts a comment. */
+static size_t hex_parse(const char *in, uint8_t *out, size_t cap)
+{
+    size_t n = 0;
+    for (; *in; in++) {
+        if (*in == ';') {
+            while (in[1] && in[1] != '\n')
+                in++;
+        } else if (*in == '\'') {
+            while (*++in != '\'' && *in)
+                out[n++] = (uint8_t)*in;
+        } else if (hex_digit(*in) >= 0 && hex_digit(in[1]) >= 0) {
+            out[n++] = (uint8_t)(hex_digit(*in) << 4 | hex_digit(in[1]));
+            in++;
+        }
+        if (n + 1 >= cap)
+            abort();
+    }
+    return n;
+}
