@@ -205,7 +205,7 @@ def counts(qd=1, an=1):
 IGNORED = {
     "wrong-id": lambda data, rec, dns: forged(rec, id=rec.header.id ^ 1).pack(),
     "every-neighbour-id": lambda data, rec, dns: [forged(rec, id=(rec.header.id + i) & 0xffff).pack()
-                                                  for i in range(1, 500)],
+                                                  for i in range(1, 100)],
     "wrong-source": from_elsewhere,
     "a-query": lambda data, rec, dns: forged(rec, qr=0).pack(),
     "echo-of-the-query": lambda data, rec, dns: data,
@@ -223,7 +223,7 @@ IGNORED = {
     "question-cut": lambda data, rec, dns: forged(rec).pack()[:20],
     "zeros": lambda data, rec, dns: bytes(512),
     "ones": lambda data, rec, dns: b"\xff" * 512,
-    "1000-packets": lambda data, rec, dns: [os.urandom(64) for _ in range(1000)],
+    "100-packets": lambda data, rec, dns: [os.urandom(64) for _ in range(100)],
 }
 
 

@@ -341,14 +341,28 @@ def test_s28_stop_finishes_what_is_in_flight(rig, sig):
 
 
 def test_stop_without_work_is_immediate(rig):
-    for _ in range(3):
-        with rig.service() as s:
-            w = s.wire()
-            w.send(GET[:20])        # half a request is no work
-            assert s.request("GET", "/healthz").status == 200
-            s.signal(signal.SIGTERM)
-            assert s.wait(5) == 0
-            w.close()
+    """Idle clients, of any history, hold nothing up: the drain time here would hang the test."""
+    with rig.service(LKJWT_DRAIN_S="600") as s:
+        fresh, used = s.wire(), s.wire()
+        used.send(GET)
+        assert used.reply().status == 200
+        assert s.post("/sfu/get", rig.body("/sfu/get", rig.full)).status == 200    # kept connections upstream
+        s.signal(signal.SIGTERM)
+        assert s.wait() == 0
+        assert fresh.at_end() and used.at_end()
+
+
+def test_half_a_request_may_be_finished_while_draining(rig):
+    with rig.service() as s:
+        w = s.wire()
+        w.send(GET[:20])
+        assert s.request("GET", "/healthz").status == 200
+        s.signal(signal.SIGTERM)
+        wait_for("the listener is gone", lambda: gone(s))
+        w.send(GET[20:])
+        reply = w.reply()
+        assert (reply.status, reply.header("Connection")) == (503, "close")
+        assert s.wait() == 0
 
 
 def test_s28_drain_time_bounds_the_stop(rig):
@@ -433,7 +447,7 @@ def test_hup_with_a_bad_file_keeps_the_old_set(tmp_path, rig, bad):
             ca.write_bytes({"garbage": b"\0\xff" * 500, "cut": good[:len(good) // 2], "empty": b""}[bad])
         s.signal(signal.SIGHUP)
         line = s.wait_event("ANCHORS_BAD")
-        assert line["level"] in ("warning", "error") and str(ca) in json.dumps(line)
+        assert line["level"] == "error" and line["var"] == "LKJWT_CA_FILE" and line["detail"]
         rig.full.drop_connections()
         check_granted(s.post("/sfu/get", rig.body("/sfu/get", rig.full)))
         if bad == "a folder":

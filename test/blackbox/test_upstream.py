@@ -347,7 +347,8 @@ def join(svc):
 def no_room(e, calls=None, sfu=None):
     assert e.reply.status == 500 and e.reply.json == NO_ROOM, e.reply
     assert e.reply.header("Access-Control-Allow-Origin") == "*"
-    line = e.line(level={"warn", "warning", "error"})
+    line = e.line(target="sfu")
+    assert line["step"]
     assert not calls or len(sfu.requests) == calls, f"{len(sfu.requests)} calls, not {calls}"
     return line
 
