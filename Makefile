@@ -210,7 +210,7 @@ UNIT_RUNS  = gcc gcc-sanitized clang clang-sanitized
 unit: $(UNIT_RUNS:%=build/unit-%)
 	@fail=0; for v in $(UNIT_RUNS); do echo "-- unit, $$v"; \
 	    test/netns build/unit-$$v || fail=1; done; exit $$fail
-build/unit-%: test/unit.c $(SRC) build/ca.bin build/host/libbearssl.a
+build/unit-%: test/unit.c $(wildcard test/unit/* test/unit_*.h) $(SRC) build/ca.bin build/host/libbearssl.a
 	@echo "  CC      $@"
 	@$(firstword $(subst -, ,$*)) -O1 $(if $(findstring -sanitized,$*),$(SANITIZE)) \
 	    $(UNIT_CC) $< build/host/libbearssl.a -o $@

@@ -2352,6 +2352,8 @@ struct cert {
     struct pub_key key;
     sl san, constraints;     /* extension values, empty when absent */
     int64_t not_after;       /* unix s */
+    sl tbs;                  /* the signed part, with its header */
+    const uint8_t *critical[2];      /* flag bytes of EKU, constraints */
     bool is_v1;
     bool has_basic, is_ca;
     bool has_usage, can_sign;        /* keyUsage, its digitalSignature */
@@ -2539,6 +2541,7 @@ MUST_USE static bool cert_extensions(struct cert *c, sl list_raw)
         if (cnt == LIM_CERT_EXT || !der_take(&list_raw, 0x30, &ext, NULL)
             || !der_take(&ext, 0x06, &oid, NULL))
             return false;
+        flag = (sl){ NULL, 0 };
         if (ext.len && ext.p[0] == 0x01
             && (!der_take(&ext, 0x01, &flag, NULL) || flag.len != 1))
             return false;
@@ -2548,9 +2551,12 @@ MUST_USE static bool cert_extensions(struct cert *c, sl list_raw)
             if (sl_eq(seen[i], oid))
                 return false;
         seen[cnt++] = oid;
-        if (oid.len == 3 && oid.p[0] == 85 && oid.p[1] == 29
-            && !cert_extension(c, oid.p[2], value))
+        if (oid.len != 3 || oid.p[0] != 85 || oid.p[1] != 29)
+            continue;
+        if (!cert_extension(c, oid.p[2], value))
             return false;
+        if (flag.len && (oid.p[2] == 37 || oid.p[2] == 30))
+            c->critical[oid.p[2] == 30] = flag.p;
     }
     return cnt > 0;
 }
@@ -2565,7 +2571,7 @@ MUST_USE static bool cert_parse(sl der_raw, bool anchor, struct cert *c)
     int64_t not_before;
     *c = (struct cert){ .der = der_raw };
     if (!der_take(&der_raw, 0x30, &seq, NULL) || der_raw.len
-        || !der_take(&seq, 0x30, &tbs, NULL)
+        || !der_take(&seq, 0x30, &tbs, &c->tbs)
         || !der_take(&seq, 0x30, &part, &alg)
         || !der_take(&seq, 0x03, &bits, NULL) || seq.len)
         return false;
@@ -3951,7 +3957,7 @@ static enum res res_addresses(sl host, bool search, int64_t now,
 /* Trust anchors in force: packed anchors, and the set being built. */
 static struct anchors {
     size_t len;
-    unsigned cnt, skipped;
+    unsigned cnt, skipped, read;     /* kept, unusable, seen at all */
     uint8_t data[LIM_ANCHOR_LEN];
 } anchor_set[2];
 static unsigned anchor_now;
@@ -3967,6 +3973,7 @@ MUST_USE static int anchors_add_pem(struct anchors *set, sl text)
         struct cert c;
         struct bb b = { set->data, set->len, sizeof set->data, false };
         size_t from = b.len;
+        set->read++;
         if (!cert_parse(der, true, &c) || c.key.kind == KEY_NONE) {
             set->skipped++;
             continue;
@@ -4008,6 +4015,10 @@ struct hs {
     struct name peer;                /* host borrows from the up */
     size_t cnt, len, end[LIM_CHAIN_CNT];
     unsigned sig_cnt;
+    /* hashes of signed parts as sent and as altered (hs_unmark), by length
+     * 32, 48, 64 */
+    struct { uint8_t sent[3][64], altered[3][64]; } swap[LIM_PATH_CNT];
+    size_t swap_cnt;
     int64_t not_after;
     br_x509_pkey pkey;
     br_x509_minimal_context minimal;
@@ -4038,12 +4049,66 @@ static void sig_store(const uint8_t key[32], const void *hash, size_t len)
     memcpy(sig_cache[at].hash, hash, len);
 }
 
+/* SHA-256, -384 and -512 of s. */
+static void tls_hashes(sl s, uint8_t out[3][64])
+{
+    br_sha256_context a;
+    br_sha384_context b;
+    br_sha512_context c;
+    br_sha256_init(&a);
+    br_sha256_update(&a, s.p, s.len);
+    br_sha256_out(&a, out[0]);
+    br_sha384_init(&b);
+    br_sha384_update(&b, s.p, s.len);
+    br_sha384_out(&b, out[1]);
+    br_sha512_init(&c);
+    br_sha512_update(&c, s.p, s.len);
+    br_sha512_out(&c, out[2]);
+}
+
+/* The library refuses critical extended key usages and name constraints,
+ * which this wrapper has judged. So it is shown the certificate with those
+ * two flags cleared, and the hashes of both forms are kept for hs_swap. */
+static void hs_unmark(struct hs *h, const struct cert *c)
+{
+    if (!c->critical[0] && !c->critical[1])
+        return;
+    size_t i = h->swap_cnt++;
+    tls_hashes(c->tbs, h->swap[i].sent);
+    for (int k = 0; k < 2; k++)
+        if (c->critical[k])
+            h->der[c->critical[k] - h->der] = 0;
+    tls_hashes(c->tbs, h->swap[i].altered);
+}
+
+/* Replace the hash of one form by that of the other, so that signatures
+ * are checked over the bytes the peer sent. Others stay. */
+static void hs_swap(const struct hs *h, bool to_sent, uint8_t *hash,
+    size_t len)
+{
+    size_t k = len == 32 ? 0 : len == 48 ? 1 : 2;
+    for (size_t i = 0; i < h->swap_cnt; i++) {
+        const uint8_t *from = to_sent ? h->swap[i].altered[k]
+            : h->swap[i].sent[k];
+        if (memcmp(hash, from, len) == 0) {
+            memcpy(hash, to_sent ? h->swap[i].sent[k]
+                : h->swap[i].altered[k], len);
+            return;
+        }
+    }
+}
+
 /* ECDSA check for br_x509_minimal: cached successes, LIM_SIG_CNT others. */
-static uint32_t tls_ecdsa_vrfy(const br_ec_impl *impl, const void *hash,
+static uint32_t tls_ecdsa_vrfy(const br_ec_impl *impl, const void *given,
     size_t hash_len, const br_ec_public_key *pk, const void *sig,
     size_t sig_len)
 {
     uint8_t key[32], head[3] = { 1, (uint8_t)pk->curve, (uint8_t)hash_len };
+    uint8_t hash[64];
+    if (hash_len > sizeof hash)
+        return 0;
+    memcpy(hash, given, hash_len);
+    hs_swap(hs_now, true, hash, hash_len);
     sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->q, pk->qlen },
         { sig, sig_len }, { hash, hash_len } };
     hash_parts(part, COUNT_OF(part), key);
@@ -4064,18 +4129,18 @@ static uint32_t tls_rsa_vrfy(const unsigned char *x, size_t xlen,
     uint8_t key[32], head[3] = { 2, 0, (uint8_t)hash_len };
     sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->n, pk->nlen },
         { pk->e, pk->elen }, { x, xlen }, { oid, oid[0] + 1U } };
-    const uint8_t *hit;
     hash_parts(part, COUNT_OF(part), key);
-    hit = sig_find(key);
+    const uint8_t *hit = sig_find(key);
     if (hit) {
         memcpy(hash_out, hit, hash_len);
-        return 1;
+    } else {
+        if (++hs_now->sig_cnt > LIM_SIG_CNT
+            || !br_rsa_pkcs1_vrfy_get_default()(x, xlen, oid, hash_len, pk,
+                                                hash_out))
+            return 0;
+        sig_store(key, hash_out, hash_len);
     }
-    if (++hs_now->sig_cnt > LIM_SIG_CNT
-        || !br_rsa_pkcs1_vrfy_get_default()(x, xlen, oid, hash_len, pk,
-                                            hash_out))
-        return 0;
-    sig_store(key, hash_out, hash_len);
+    hs_swap(hs_now, false, hash_out, hash_len);
     return 1;
 }
 
@@ -4192,8 +4257,10 @@ static unsigned hs_minimal(struct hs *h, const struct cert *c,
     br_x509_minimal_set_time(m, (uint32_t)(wall / 86400 + 719528),
         (uint32_t)(wall % 86400));
     m->vtable->start_chain(&m->vtable, NULL);
+    h->swap_cnt = 0;
     for (size_t i = 0; i < path_cnt; i++) {
         sl der = c[path[i]].der;
+        hs_unmark(h, &c[path[i]]);
         m->vtable->start_cert(&m->vtable, (uint32_t)der.len);
         m->vtable->append(&m->vtable, der.p, der.len);
         m->vtable->end_cert(&m->vtable);
@@ -4356,6 +4423,24 @@ static uint8_t chan_io[LIM_CHAN_CNT][BR_SSL_BUFSIZE_MONO];
 
 static void up_wake_tls_waiters(void);
 
+/* Whether a connection to this address is allowed (SECURITY section 3).
+ * io_connect asks it for the very sockaddr it connects. */
+static bool net_allowed(const struct addr *a, const struct trust *t)
+{
+    const char *name;
+    struct ip plain = ip_unwrap(a->ip);
+    enum range range = ip_range(a->ip, &name);
+    if (a->port == 0 || range == RANGE_N)
+        return false;
+    if (t->class == CLASS_OPERATOR || range == RANGE_PUBLIC
+        || (range == RANGE_P && t->private_ok))
+        return true;
+    for (size_t i = 0; i < cfg.network_cnt; i++)
+        if (ip_in(&plain, &cfg.network[i]) || ip_in(&a->ip, &cfg.network[i]))
+            return true;
+    return false;
+}
+
 /* The key under which a connection and its session may be used again. */
 static void chan_key(sl host, uint16_t port, sl cert_name, bool is_tls,
     uint8_t out[16])
@@ -4410,14 +4495,15 @@ static enum step chan_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
-/* Take a kept connection of this key, or NULL. The newest is the least
- * likely to be closed by the peer. */
-static struct chan *chan_reuse(const uint8_t key[16])
+/* Take a kept connection of this key to an address that this caller may
+ * dial, or NULL. The newest is the least likely to be closed by the peer. */
+static struct chan *chan_reuse(const uint8_t key[16], const struct trust *t)
 {
     struct chan *best = NULL;
     for (size_t i = 0; i < LIM_CHAN_CNT; i++) {
         struct chan *ch = &chan_pool[i];
         if (ch->state == CHAN_IDLE && memcmp(ch->key, key, 16) == 0
+            && net_allowed(&ch->addr, t)
             && (!best || ch->idle_until > best->idle_until))
             best = ch;
     }
@@ -4677,24 +4763,6 @@ MUST_USE static ssize_t chan_read(struct chan *ch, uint8_t *p, size_t cap)
  * A kept connection enters at U5. The call's own deadline bounds all.
  */
 
-/* Whether a connection to this address is allowed (SECURITY section 3).
- * io_connect asks it for the very sockaddr it connects. */
-static bool net_allowed(const struct addr *a, const struct trust *t)
-{
-    const char *name;
-    struct ip plain = ip_unwrap(a->ip);
-    enum range range = ip_range(a->ip, &name);
-    if (a->port == 0 || range == RANGE_N)
-        return false;
-    if (t->class == CLASS_OPERATOR || range == RANGE_PUBLIC
-        || (range == RANGE_P && t->private_ok))
-        return true;
-    for (size_t i = 0; i < cfg.network_cnt; i++)
-        if (ip_in(&plain, &cfg.network[i]) || ip_in(&a->ip, &cfg.network[i]))
-            return true;
-    return false;
-}
-
 enum up_state { UP_FREE, UP_RESOLVE, UP_DIAL, UP_TLS_SLOT, UP_TLS, UP_SEND,
     UP_RECV, UP_DONE, UP_FAILED };
 
@@ -4944,7 +5012,8 @@ static void up_send(struct up *u, int64_t now);
 /* Begin, on a kept connection when there is one. */
 static void up_begin(struct up *u, int64_t now)
 {
-    struct chan *kept = u->is_retried ? NULL : chan_reuse(u->key);
+    struct chan *kept = u->is_retried ? NULL
+        : chan_reuse(u->key, &u->call.trust);
     u->head = (struct h1_head){ 0 };
     u->head_len = u->in_len = 0;
     u->interim_cnt = 0;
@@ -5046,22 +5115,20 @@ static void up_step_resolve(struct up *u, int64_t now)
     up_start_tries(u, now);
 }
 
-/* A denied address: say which range, and how to allow it. */
+/* A denied address: say which range, and how to allow it if that can be. */
 static void up_log_denied(const struct up *u, const struct addr *a)
 {
     const char *range;
     uint8_t text[64], hint[96];
-    struct bb b = BB(hint);
-    (void)ip_range(a->ip, &range);
-    bb_str(&b, "LKJWT_ALLOW_NETWORKS=");
-    struct bb ip = BB(text);
+    bool never = ip_range(a->ip, &range) == RANGE_N;
+    struct bb b = BB(hint), ip = BB(text);
     bb_ip(&ip, &a->ip, 0);
-    sl bare = { text, ip.len };
-    if (a->ip.v6)
-        bare = (sl){ text + 1, ip.len - 2 };
+    sl bare = a->ip.v6 ? (sl){ text + 1, ip.len - 2 } : (sl){ text, ip.len };
+    bb_str(&b, "LKJWT_ALLOW_NETWORKS=");
     bb_put(&b, bare);
     LOG(EV_SSRF_DENIED, KV("host", u->call.host), KV("addr", bare),
-        KV("range", sl_str(range)), KV("allow", ((sl){ hint, b.len })));
+        KV("range", sl_str(range)),
+        KV("allow", (sl){ hint, never ? 0 : b.len }));
 }
 
 /* Start the next connection attempts: one now, another whenever
@@ -5546,9 +5613,20 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
            : l->up && l->up->detail ? text_u64(num,
                                                (uint64_t)l->up->detail)
                                     : (sl){ NULL, 0 }));
-    note(step, false, l->name.whole, sl_str(event_tab[why].text));
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     loop_wake(l->owner, l->owner_idx);
+}
+
+/* Tell how far the call got: connection, then certificate. */
+static void lookup_note_call(const struct lookup *l)
+{
+    const struct up *u = l->up;
+    uint8_t addr[64];
+    bool http = u->state == UP_DONE || strcmp(u->step, "http") == 0;
+    if (u->has_addr && (http || strcmp(u->step, "tls") == 0))
+        note("connect", true, l->name.whole, text_addr(addr, &u->addr));
+    if (http && u->call.is_tls)
+        note("tls", true, l->name.whole, u->call.cert_name);
 }
 
 /* Keep n's text in buf, so that *to stays valid. */
@@ -5952,12 +6030,11 @@ static void lookup_step_call(struct lookup *l, int64_t now)
         { "sub", JS_STRING, 0, NULL } };
     static const struct js_table tab = { field, 1, false, false };
     struct up *u = l->up;
+    lookup_note_call(l);
     if (u->state == UP_FAILED) {
         lookup_call_failed(l, now);
         return;
     }
-    uint8_t addr[64];
-    note("connect", true, l->name.whole, text_addr(addr, &u->addr));
     l->user = (sl){ NULL, 0 };
     if (u->head.status == 401)
         lookup_fail(l, EV_TOKEN_UNKNOWN, "http");
@@ -6429,8 +6506,8 @@ static void conn_answer(struct conn *c, const struct answer *a, int64_t now)
         && log_wanted(EV_REQUEST)) {
         uint8_t code[20], took[20];
         LOG(EV_REQUEST, KV("req", ((sl){ c->req, c->req_len })),
-            KV("path", h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
-                                c->head.target)),
+            KV("path", h1_path(h1_slice(
+                (sl){ conn_in[conn_idx(c)], c->in_len }, c->head.target))),
             KV("status", text_u64(code, a->code)),
             KV("us", text_u64(took, (uint64_t)us)));
     }
@@ -7068,12 +7145,21 @@ static void exchange_end(struct exchange *x, int64_t now)
     met.gauge[GA_EXCHANGES]--;
 }
 
+/* The step of a lookup that an event of this section belongs to. */
+static sl exchange_step_name(enum event ev)
+{
+    return ev == EV_NAME_BAD || ev == EV_SERVER_DENIED ? SL("name")
+        : ev == EV_TOKEN_BAD ? SL("http")
+        : ev == EV_CLAIM_MISMATCH ? SL("sub") : (sl){ NULL, 0 };
+}
+
 static void exchange_fail(struct exchange *x, enum event ev, enum reply re,
     int64_t now)
 {
     struct conn *c = exchange_conn(x);
     if (ev != EV_NONE)
-        LOG(ev, KV("req", request_id(c)), KV("server", x->name.whole));
+        LOG(ev, KV("req", request_id(c)), KV("server", x->name.whole),
+            KV("step", exchange_step_name(ev)));
     exchange_end(x, now);
     conn_error(c, re, NULL, now);
 }
@@ -7680,7 +7766,7 @@ static unsigned cfg_fault_cnt;
 static uint8_t file_buf[LIM_FILE_LEN];
 
 enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
-    ENV_LIST, ENV_OVERRIDE, ENV_LATER };
+    ENV_LIST, ENV_OVERRIDE, ENV_LATER, ENV_LATER_SECRET };
 
 #define TO(member) &cfg.member
 /* X(name, kind, target, count, min, max, scale, default, help) */
@@ -7767,15 +7853,15 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       "seconds for requests in flight after that") \
     X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "yes: short secrets, `*`, TLS-off, ws:// to a public host are fatal") \
-    X(LIVEKIT_REDIS_URL, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+    X(LIVEKIT_REDIS_URL, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: delegated leave") \
-    X(LIVEKIT_REDIS_PASSWORD, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+    X(LIVEKIT_REDIS_PASSWORD, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: delegated leave") \
     X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: delegated leave") \
-    X(LIVEKIT_AS_TOKEN, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+    X(LIVEKIT_AS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: application service") \
-    X(LIVEKIT_HS_TOKEN, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
+    X(LIVEKIT_HS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: application service") \
     X(LIVEKIT_AS_REGISTRATION_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: application service") \
@@ -8282,17 +8368,16 @@ static void cfg_warn_environment(void)
             break;
         }
     for (size_t i = 0; i < COUNT_OF(env_tab); i++)
-        if (env_tab[i].kind == ENV_LATER && env_get(env_tab[i].name).len
+        if (env_tab[i].kind >= ENV_LATER && env_get(env_tab[i].name).len
             && strcmp(told, env_tab[i].help) != 0) {
             told = env_tab[i].help;          /* once a family */
             cfg_say(EV_CONFIG_WARN, env_tab[i].name, told);
         }
 }
 
-/* Read the whole environment. True if it can be served with. */
-MUST_USE static bool cfg_load(void)
+/* Read the variables that the table alone describes. */
+static void cfg_table(void)
 {
-    cfg_words();                     /* log form and level first */
     for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
         const struct env_row *r = &env_tab[i];
         sl v = env_get(r->name);
@@ -8304,9 +8389,17 @@ MUST_USE static bool cfg_load(void)
         case ENV_OVERRIDE: cfg_overrides(r, v); break;
         case ENV_OTHER:
         case ENV_SECRET:
-        case ENV_LATER:    break;
+        case ENV_LATER:
+        case ENV_LATER_SECRET: break;
         }
     }
+}
+
+/* Read the whole environment. True if it can be served with. */
+MUST_USE static bool cfg_load(void)
+{
+    cfg_words();                     /* log form and level first */
+    cfg_table();
     cfg_networks();
     cfg_resolver();
     cfg_livekit_url();
@@ -8337,7 +8430,8 @@ struct ca_load {
     bool is_bad;
 };
 
-/* Add one PEM file. Returns certificates added, -1 bad, -2 unreadable. */
+/* Add one PEM file. Returns usable certificates in it, -1 bad, -2
+ * unreadable, -3 read before. */
 static int ca_file(struct ca_load *l, const char *path)
 {
     struct stat st;
@@ -8345,7 +8439,7 @@ static int ca_file(struct ca_load *l, const char *path)
         return -2;
     for (size_t i = 0; i < l->seen_cnt; i++)
         if (l->seen[i].dev == st.st_dev && l->seen[i].ino == st.st_ino)
-            return 0;
+            return -3;
     if (l->seen_cnt < COUNT_OF(l->seen)) {
         l->seen[l->seen_cnt].dev = st.st_dev;
         l->seen[l->seen_cnt++].ino = st.st_ino;
@@ -8355,9 +8449,9 @@ static int ca_file(struct ca_load *l, const char *path)
         return -2;
     if ((size_t)n == sizeof file_buf)
         return -1;
-    unsigned before = l->set->cnt + l->set->skipped;
+    unsigned before = l->set->read - l->set->skipped;
     int got = anchors_add_pem(l->set, (sl){ file_buf, (size_t)n });
-    return got < 0 ? -1 : (int)(l->set->cnt + l->set->skipped - before);
+    return got < 0 ? -1 : (int)(l->set->read - l->set->skipped - before);
 }
 
 static void ca_note(struct ca_load *l, sl source)
@@ -8372,9 +8466,8 @@ static void ca_named(struct ca_load *l, const char *var, sl path)
 {
     if (path.len == 0)
         return;
-    size_t seen = l->seen_cnt;
     int got = ca_file(l, (const char *)path.p);
-    if (got < 0 || (got == 0 && l->seen_cnt > seen && l->set->cnt == 0)) {
+    if (got == 0 || got == -1 || got == -2) {
         LOG(EV_ANCHORS_BAD, KV("var", sl_str(var)),
             KV("detail", got == -2 ? SL("cannot be read")
                                    : SL("damaged, too large or empty")));
@@ -8431,7 +8524,7 @@ static bool ca_load(void)
     *l = (struct ca_load){ .set = &anchor_set[1 - anchor_now] };
     l->sources = (struct bb){ l->sources_text, 0, sizeof l->sources_text,
         false };
-    l->set->len = l->set->cnt = l->set->skipped = 0;
+    l->set->len = l->set->cnt = l->set->skipped = l->set->read = 0;
     ca_named(l, "SSL_CERT_FILE", cfg.cert_file);
     for (size_t i = 0; i < COUNT_OF(bundle) && !cfg.ca_only && !has_system;
          i++) {
@@ -8451,7 +8544,9 @@ static bool ca_load(void)
             (size_t)(ca_blob_end - ca_blob) });
         ca_note(l, SL("built-in"));
     }
-    if (l->is_bad)
+    if (!l->is_bad && l->set->cnt == 0)
+        LOG(EV_ANCHORS_BAD, KV("detail", SL("no trust anchor found")));
+    if (l->is_bad || l->set->cnt == 0)
         return anchor_set[anchor_now].cnt > 0;
     anchor_now = 1 - anchor_now;
     LOG(EV_ANCHORS, KV("sources", ((sl){ l->sources_text, l->sources.len })),
@@ -8854,7 +8949,8 @@ static int main_license(int argc, char **argv)
     return 0;
 }
 
-/* NAME=value of every variable that is set, secrets masked. */
+/* NAME=value of every variable, unset ones commented out. Secrets are
+ * masked, and whatever may hold a URL's password. */
 static int main_print_config(int argc, char **argv)
 {
     char line[2048];
@@ -8863,18 +8959,14 @@ static int main_print_config(int argc, char **argv)
     for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
         const struct env_row *r = &env_tab[i];
         sl v = env_get(r->name);
-        bool secret = r->kind == ENV_SECRET
-            || strcmp(r->name, "LIVEKIT_REDIS_URL") == 0
-            || strcmp(r->name, "LIVEKIT_REDIS_PASSWORD") == 0
-            || strcmp(r->name, "LIVEKIT_AS_TOKEN") == 0
-            || strcmp(r->name, "LIVEKIT_HS_TOKEN") == 0;
         uint8_t shown[1100];
         struct bb b = BB(shown);
-        log_put_value(&b, v, false);
+        bool mask = r->kind == ENV_SECRET || r->kind == ENV_LATER_SECRET
+            || sl_find(v, '@') < v.len;
+        log_put_value(&b, v.len == 0 ? sl_str(r->def)
+            : mask ? SL("********") : v, false);
         snprintf(line, sizeof line, "%s%s=%.*s\n", v.len ? "" : "# ",
-            r->name, v.len && secret ? 8 : v.len ? (int)b.len
-            : (int)strlen(r->def), v.len && secret ? "********"
-            : v.len ? (const char *)shown : r->def);
+            r->name, (int)b.len, (const char *)shown);
         out(line);
     }
     return cfg_load() ? 0 : 1;
@@ -8908,8 +9000,8 @@ static int main_ca_list(int argc, char **argv)
     struct anchor a;
     (void)argc;
     (void)argv;
-    bool ok = cfg_load();
-    ok = ca_load() && ok;
+    cfg_table();
+    bool ok = ca_load();
     sl rest = { anchor_set[anchor_now].data, anchor_set[anchor_now].len };
     while (anchor_take(&rest, &a)) {
         main_dn_text(a.name, name, sizeof name);
@@ -9039,8 +9131,6 @@ static void main_signals(sigset_t *old)
         (void)sigaction(number[i], &act, NULL);
         sigaddset(&block, number[i]);
     }
-    act.sa_handler = SIG_IGN;
-    (void)sigaction(SIGPIPE, &act, NULL);
     (void)sigprocmask(SIG_BLOCK, &block, old);
 }
 
@@ -9175,7 +9265,6 @@ static int main_healthcheck(int argc, char **argv)
     (void)argc;
     (void)argv;
     cfg.log_level = 'e';
-    (void)signal(SIGPIPE, SIG_IGN);
     cfg_binds();
     const struct bind *b = &cfg.bind;
     if (cfg_fault_cnt) {
@@ -9322,7 +9411,6 @@ static int main_check(int argc, char **argv)
     char text[64];
     bool ok = main_begin();
     cfg.log_level = cfg.log_level == 'd' ? 'd' : 'e';
-    (void)signal(SIGPIPE, SIG_IGN);
     check_line("config", cfg_fault_cnt == 0, cfg_fault_cnt == 0
         ? SL("complete") : SL("has faults, see the lines on stderr"));
     snprintf(text, sizeof text, "%u", anchor_set[anchor_now].cnt);
@@ -9344,6 +9432,7 @@ int main(int argc, char **argv)
     const char *name = argc > 0 ? argv[0] : "";
     const char *slash = strrchr(name, '/');
     const char *want = argc > 1 ? argv[1] : "";
+    (void)signal(SIGPIPE, SIG_IGN);
     if (strcmp(slash ? slash + 1 : name, "lk-jwt-service-healthcheck") == 0)
         want = "--healthcheck";
     for (size_t i = 0; i < COUNT_OF(command_tab); i++)
