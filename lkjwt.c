@@ -5142,13 +5142,15 @@ static void up_start_tries(struct up *u, int64_t now)
                                         || now >= u->stagger_at)) {
         size_t k = u->try_next++;
         int fd = io_connect(&u->try_addr[k], &u->call.trust, false);
-        if (fd == -EACCES) {
+        if (fd == -EACCES)
             up_log_denied(u, &u->try_addr[k]);
-            continue;
+        if (fd != -EACCES || u->is_denied) {
+            u->addr = u->try_addr[k];
+            u->has_addr = true;
         }
+        if (fd == -EACCES)
+            continue;
         u->is_denied = false;
-        u->addr = u->try_addr[k];
-        u->has_addr = true;
         u->detail = fd < 0 ? -fd : 0;
         if (fd < 0)
             continue;
@@ -5894,7 +5896,14 @@ static void lookup_wk_none(struct lookup *l, enum event why, bool passing,
         KV("addr", l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
                                             : (sl){ NULL, 0 }),
         KV("reason", sl_str(event_tab[why].label)));
-    note("well-known", false, l->name.whole, sl_str(event_tab[why].text));
+    uint8_t text[256];
+    struct bb b = BB(text);
+    if (l->up && l->up->has_addr) {
+        bb_ip(&b, &l->up->addr.ip, l->up->addr.port);
+        bb_str(&b, ": ");
+    }
+    bb_str(&b, event_tab[why].text);
+    note("well-known", false, l->name.whole, (sl){ text, b.len });
     wk_finish(l, (sl){ NULL, 0 }, 0, passing, now);
     lookup_drop_up(l, now);
     struct wk *w = wk_slot(l->name.whole, now);
@@ -9396,8 +9405,12 @@ static void check_homeserver(int64_t now)
         ? "answers, but not to OpenID look-ups: is its `openid` or "
           "`federation` listener on?"
         : event_tab[l->why].text;
-    snprintf(text, sizeof text, "%.*s: %s", (int)at.len, (const char *)at.p,
-        hint);
+    const char *range = "";
+    bool denied_addr = l->why == EV_SSRF_DENIED && l->up;
+    bool never = denied_addr && ip_range(l->up->addr.ip, &range) == RANGE_N;
+    snprintf(text, sizeof text, "%.*s: %s%s%s%s", (int)at.len,
+        (const char *)at.p, hint, denied_addr ? ", range " : "", range,
+        denied_addr && !never ? "; LKJWT_ALLOW_NETWORKS allows it" : "");
     check_line(ok ? "userinfo" : l->step ? l->step : "userinfo", ok,
         sl_str(text));
     check_failed |= !ok;

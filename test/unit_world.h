@@ -716,3 +716,21 @@ static size_t hex_parse(const char *in, uint8_t *out, size_t cap)
     }
     return n;
 }
+
+/* ---- what test/unit/make.py makes ---- */
+
+static void generated(void)
+{
+    static bool is_made;
+    static const char *const made[] = { "test/unit/make.py",
+        "build/unit/done" };
+    struct stat st[2];
+    if (is_made)
+        return;
+    is_made = true;
+    if (stat(made[0], &st[0]) == 0 && stat(made[1], &st[1]) == 0
+        && st[1].st_mtime > st[0].st_mtime)
+        return;
+    int status = system(".deps/venv/bin/python test/unit/make.py");
+    row("test/unit/make.py", status == 0, "exit status %d", status);
+}

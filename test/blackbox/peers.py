@@ -340,6 +340,7 @@ class HttpServer:
         self.requests, self.errors, self.handshake_errors = [], [], []
         self.accepted = []          # local (address, port) of each connection
         self.connections = self.handshakes = self.resumed = 0   # accepted; completed TLS; resumed of those
+        self.peak = 0               # most connections open at once
         self.hooks, self._hook_at = {}, {}
         self.lock = threading.Lock()
         self.ctx = tls_context(tls, **tls_options) if tls is not None else None
@@ -385,6 +386,7 @@ class HttpServer:
             self.handshake_errors.clear()
             self.accepted.clear()
             self.connections = self.handshakes = self.resumed = 0
+            self.peak = len(self.open)
 
     def drop_connections(self):
         """Close every open connection, as a restarted server would."""
@@ -429,6 +431,7 @@ class HttpServer:
                 number = self.connections
                 self.accepted.append((addr, port))
                 self.open.add(conn)
+                self.peak = max(self.peak, len(self.open))
             threading.Thread(target=self._serve, args=(conn, number, (addr, port)), daemon=True).start()
 
     def _serve(self, conn, number, addr):

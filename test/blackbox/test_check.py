@@ -115,7 +115,7 @@ def test_override_is_used_and_named(world):
 
 def test_silent_server_ends(world):
     with RawServer(lambda conn, n: conn.recv(1) and conn.recv(9999), PORT_SERVER) as raw:
-        r = check(world, f"plain.test:{raw.port}", LKJWT_LOOKUP_TIMEOUT_S="2")
+        r = check(world, f"plain.test:{raw.port}", LKJWT_LOOKUP_TIMEOUT_S="1")
         assert r.code == 1 and re.search(r"\btls\b", r.out)
 
 

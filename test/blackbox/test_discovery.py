@@ -5,6 +5,7 @@ certificate of exactly that name, so a granted exchange proves connect address, 
 certificate name at once.
 """
 import email.utils
+import threading
 import time
 
 import pytest
@@ -327,6 +328,34 @@ def test_well_known_is_fetched_once(headers, svc, hs):
         Exchange(svc, server).granted()
     assert len(hs.seen(WELL_KNOWN)) == 1
     assert [r.addr for r in hs.asked()] == [(D, 8448)] * 3
+
+
+def at_once(svc, servers):
+    """Exchanges in parallel, each with a token of its own; their replies."""
+    out = [None] * len(servers)
+
+    def one(i):
+        out[i] = Exchange(svc, servers[i], token=token_for(servers[i], f"u{i}"))
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(servers))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    return out
+
+
+def test_well_known_is_fetched_once_for_all_who_wait(svc, hs):
+    hs.on(WELL_KNOWN, lambda r: Reply(200, {"m.server": D}, delay=0.5))
+    assert [e.reply.status for e in at_once(svc, [fresh()] * 12)] == [200] * 12
+    assert len(hs.seen(WELL_KNOWN)) == 1
+
+
+def test_many_exchanges_at_once(svc, hs):
+    """80 for one stranger, 40 for others: all are served, at most 16 at a time per server."""
+    hs.on(WELL_KNOWN, Reply(404))
+    one = "port.test:9448"
+    assert [e.reply.status for e in at_once(svc, [one] * 80 + [fresh() for _ in range(40)])] == [200] * 120
+    assert sum(a == (V4[11], 9448) for a in hs.accepted) <= 16
 
 
 def test_failed_well_known_is_fetched_once(svc, hs):

@@ -4,6 +4,7 @@ Server names carry a port, so a look-up is A and AAAA alone unless the test is a
 where forged answers point: nothing may connect to it.
 """
 import os
+import random
 import shutil
 import socket
 import struct
@@ -349,7 +350,7 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize("hook", BAD_ANSWERS.values(), ids=BAD_ANSWERS)
 def test_s20_bad_answers_fail_the_step_address(hook, dns, hs):
     """An A record of a malformed answer is not used, nor does one harm the next look-up."""
-    with lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="2") as svc:
+    with lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="1") as svc:
         bad, good = name_port(dns), name_port(dns, f"A {GOOD}")
         dns.hook(bad[0], "*", hook)
         Exchange(svc, bad[1]).refused("address")
@@ -433,6 +434,53 @@ def test_good_answers(hooks, svc, dns, hs, request):
     assert len(hs.asked()) == 1
 
 
+def test_chain_that_comes_one_alias_at_a_time(svc, dns, hs):
+    """A nameserver that does not follow CNAMEs is asked again for the target, as long as that leads on."""
+    name, server = name_port(dns)
+    for i, n in enumerate([name, "s1.dns.test", "s2.dns.test", "s3.dns.test"]):
+        def alias(data, rec, transport, target=f"s{i + 1}.dns.test"):
+            r = rec.reply()
+            r.add_answer(RR(rec.q.qname, QTYPE.CNAME, rdata=dnslib.CNAME(target), ttl=60))
+            return r
+        dns.hook(n, "*", alias)
+    dns.add(f"s4.dns.test. A {GOOD}\n")
+    Exchange(svc, server).granted()
+    # and a ring of such answers ends
+    def ring(data, rec, transport):
+        r = rec.reply()
+        r.add_answer(RR(rec.q.qname, QTYPE.CNAME, rdata=dnslib.CNAME("s1.dns.test"), ttl=60))
+        return r
+    dns.hook("s3.dns.test", "*", ring)
+    name, server = name_port(dns)
+    dns.hook(name, "*", ring)
+    dns.forget()
+    Exchange(svc, server).refused("address")
+    assert dns.count() <= 2 * 10
+
+
+def test_s20_mutated_answers(dns, hs):
+    """Answers with bytes changed at random: no crash, no trap, and the service goes on."""
+    rng = random.Random(20)
+    with lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="1", LIVEKIT_LOG_LEVEL="error") as svc:
+        for _ in range(300):
+            name, server = name_port(dns, f"CNAME x.{fresh('dns.test')}.")
+
+            def mutate(data, rec, transport):
+                r = rec.reply()
+                r.add_answer(RR(name, QTYPE.CNAME, rdata=dnslib.CNAME("a.dns.test"), ttl=60))
+                for _ in range(3):
+                    r.add_answer(RR("a.dns.test", rec.q.qtype, ttl=60, rdata=(
+                        dnslib.A(GOOD) if rec.q.qtype == QTYPE.A else dnslib.AAAA(GOOD6))))
+                p = bytearray(r.pack())
+                for _ in range(rng.randint(1, 4)):      # behind the id, so that the packet is looked at
+                    p[rng.randrange(2, len(p))] = rng.choice([0, 1, 0x3f, 0xc0, 0xff, rng.randrange(256)])
+                return [bytes(p[:rng.choice([len(p), len(p), rng.randrange(len(p))])]), rec.reply()]
+            dns.hook(name, "*", mutate)
+            assert Exchange(svc, server).reply.status in (200, 401)
+        _, server = name_port(dns, f"A {GOOD}")
+        Exchange(svc, server).granted()
+
+
 # ---- truncation ---------------------------------------------------------------------------------------
 
 def truncated(dns, keep):
@@ -474,7 +522,7 @@ def flags_trap(rec):
 
 @pytest.mark.parametrize("tcp", BAD_TCP.values(), ids=BAD_TCP)
 def test_bad_tcp_answers(tcp, dns, hs):
-    with lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="2") as svc:
+    with lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="1") as svc:
         name, server = name_port(dns)
         dns.hook(name, "*", lambda data, rec, t: tcp(data, rec) if t == "tcp" else truncated(dns, False)(data, rec, t))
         Exchange(svc, server).refused("address")

@@ -72,7 +72,7 @@ def test_s15_full_pool(rig, stuck):
 def test_lane_is_not_for_sitting_in(rig, stuck):
     """Connections that sit in the lane cannot keep a probe out."""
     stuck.forget()
-    with rig.service(LKJWT_MAX_CONNS="8", LKJWT_LOOKUP_TIMEOUT_S="4") as s:
+    with rig.service(LKJWT_MAX_CONNS="8", LKJWT_DRAIN_S="0") as s:
         held = [pending(s, stuck, n) for n in range(8)]
         wait_for("lookups", lambda: len(stuck.asked()) == 8)
         sitting = [s.wire() for _ in range(40)]
@@ -224,7 +224,7 @@ def test_s15_health_amid_garbage(rig, stuck):
             except OSError:
                 pass
             time.sleep(0.005)
-    with rig.service() as s:
+    with rig.service(LKJWT_DRAIN_S="0") as s:
         threads = [threading.Thread(target=noise, args=(s, n), daemon=True) for n in range(4)]
         for t in threads:
             t.start()

@@ -324,7 +324,8 @@ def gone(s):
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_s28_stop_finishes_what_is_in_flight(rig, sig):
-    with Gate(rig) as gate, rig.service() as s:
+    """And ends with it: the drain time here would hang the test."""
+    with Gate(rig) as gate, rig.service(LKJWT_DRAIN_S="600") as s:
         idle = s.wire()
         idle.send(GET)
         assert idle.reply().status == 200
@@ -353,7 +354,7 @@ def test_stop_without_work_is_immediate(rig):
 
 
 def test_half_a_request_may_be_finished_while_draining(rig):
-    with rig.service() as s:
+    with rig.service(LKJWT_DRAIN_S="600") as s:
         w = s.wire()
         w.send(GET[:20])
         assert s.request("GET", "/healthz").status == 200

@@ -4,6 +4,7 @@ The homeserver is reached by an http:// override, so every row is about HTTP and
 has the same over TLS. Whatever goes wrong is the one 401, or for the SFU the one 500.
 """
 import json
+import random
 import time
 
 import pytest
@@ -262,6 +263,30 @@ def test_bytes_after_a_reply_are_not_the_next_reply(svc, hs):
     assert e.granted()["sub"].startswith("@alice:")
 
 
+def test_s25_mutated_replies(svc, hs):
+    """Replies with bytes changed at random: granted only for a user of the server, and the service goes on."""
+    rng = random.Random(25)
+    wires = [Reply(200, BODY, headers=[("Date", "x"), ("X-A", "b")]).wire(), te(chunked(BODY, 9)).wire(), raw(OK, BODY).wire()]
+    odd = [b"\r", b"\n", b"\0", b" ", b":", b"\xff", b"\r\n", b"0", b"9", b'"', b"\\", b"}", b";", b"chunked"]
+    granted = 0
+    for _ in range(600):
+        wire = bytearray(rng.choice(wires))
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(wire))
+            wire[at:at + rng.randint(0, 2)] = rng.choice(odd)
+        hs.on(SUB_PATH, Reply(raw=bytes(wire), close=True))
+        e = Exchange(svc, NAME)
+        if e.reply.status == 200:
+            granted += 1
+            sub = json.loads(claims_of(e.reply.json["jwt"])[1])["sub"]
+            assert sub[0] == "@" and sub.partition(":")[2] == f"{NAME}:DEV", wire
+        else:
+            e.refused()
+    assert granted < 400
+    hs.off()
+    Exchange(svc, NAME).granted()
+
+
 def drip(first, then, pause=0.05):
     """One request, then bytes without end."""
     def talk(conn, number):
@@ -288,7 +313,7 @@ STALLS = {
 @pytest.mark.parametrize("talk", STALLS.values(), ids=STALLS)
 def test_slow_homeserver_is_given_up(talk, hs):
     """No byte extends a deadline."""
-    with RawServer(talk) as slow, lkjwt(LKJWT_LOOKUP_TIMEOUT_S="2", LKJWT_FEDERATION_API_URL_OVERRIDES=(
+    with RawServer(talk) as slow, lkjwt(LKJWT_LOOKUP_TIMEOUT_S="1", LKJWT_FEDERATION_API_URL_OVERRIDES=(
             f"slow.test=http://{slow.netloc},{NAME}={hs.url}")) as svc:
         Exchange(svc, "slow.test").refused("http", event="HS_TIMEOUT", addr=slow.netloc)
         Exchange(svc, NAME).granted()
