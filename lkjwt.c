@@ -194,6 +194,7 @@ enum {
     LIM_CHAN_CNT     = 320,    /* connections: calls and kept idle ones */
     LIM_IDLE_CNT     = 128,    /* kept idle connections */
     LIM_HS_CNT       = 8,      /* TLS handshakes at once */
+    LIM_HS_DEST      = 3,      /* of them per destination; strangers 2 */
     LIM_TRY_CNT      = 4,      /* addresses tried for one call */
     LIM_REPLY_HEAD   = 16384,  /* head of a peer's reply */
     LIM_REPLY_FIELDS = 100,
@@ -231,7 +232,7 @@ enum {
     LIM_SESSION_S  = 3600,
 
     /* DNS and discovery */
-    LIM_QUERY_CNT    = 128,    /* questions in flight */
+    LIM_QUERY_CNT    = 512,    /* questions in flight: two a call */
     LIM_DNS_LEN      = 4096,   /* packet we take; EDNS is not asked for */
     LIM_DNSCACHE_CNT = 2048,   /* 4-way */
     LIM_DNSDATA_LEN  = 512,    /* addresses or targets of one entry */
@@ -409,6 +410,7 @@ static const struct event_row {
     X(NO_DELEGATION, 400, "M_BAD_JSON", \
       "Delegation of delayed events is not available") \
     X(SFU,          500, "M_UNKNOWN",        "Unable to create room on SFU") \
+    X(BUSY,         503, "M_UNKNOWN",        "Too many connections") \
     X(INTERNAL,     500, "M_UNKNOWN",        "Internal Server Error")
 
 enum reply {
@@ -1743,7 +1745,7 @@ MUST_USE static int h1_parse_head(sl in_raw, bool is_reply, struct h1_head *h)
     for (;;) {
         sl line = { in_raw.p, 0 }, rest = sl_skip(in_raw, h->pos);
         bool at_start = !h->has_start;
-        size_t room = cap - h->pos;
+        size_t room = h->pos < cap ? cap - h->pos : 0;
         int n = at_start && !is_reply
             ? h1_parse_line(rest, LIM_LINE_LEN, EV_H1_LINE_LONG, &line)
             : h1_parse_line(rest, room, EV_HEAD_LIMIT, &line);
@@ -3476,12 +3478,14 @@ static struct log_quota { int64_t second; uint32_t cnt, lost; }
     log_quota_tab[EV_CNT];
 
 /* Whether a line of this event may be written now. Request outcomes may
- * fill 500 lines a second, others 10 (SECURITY section 4). */
+ * fill 500 lines a second, others 10 (SECURITY section 4), start-up lines
+ * have no limit. */
 static bool log_allowed(enum event ev, int64_t second)
 {
     struct log_quota *q = &log_quota_tab[ev];
     uint16_t num = event_tab[ev].num;
-    uint32_t cap = num < 1100 ? 1000 : num < 9000 ? 500 : 10;
+    uint32_t cap = num < 1100 ? UINT32_MAX
+        : num < 1200 || (num >= 1400 && num < 9000) ? 500 : 10;
     if (q->second != second) {
         q->second = second;
         q->cnt = 0;
@@ -3635,6 +3639,8 @@ static void res_finish(size_t idx, enum entry_state result,
         e->stale_until = now + (ttl + 3600) * 1000;
     } else {
         ttl = result == ENTRY_FAILED || ttl < 5 ? 5 : ttl > 60 ? 60 : ttl;
+        if (result == ENTRY_NONE)
+            e->rec_cnt = 0;               /* what was there is gone */
     }
     e->state = (uint8_t)result;
     e->until = now + ttl * 1000;
@@ -3837,7 +3843,8 @@ static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
         idx++;
     if (!e || idx == LIM_QUERY_CNT) {
         LOG(EV_DNS_FULL, KV("name", name));
-        return RES_FAILED;
+        return e && stale_ok && e->rec_cnt && e->stale_until > now ? RES_OK
+            : RES_FAILED;
     }
     struct query *q = &query_pool[idx];
     memset(q, 0, offsetof(struct query, buf));
@@ -3855,24 +3862,28 @@ static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
     return e->state == ENTRY_PENDING ? RES_WAIT : RES_FAILED;
 }
 
-/* Look a name up, with the search list of resolv.conf when `search` (names
- * of the operator; a client's name is taken as it is). Each candidate's
- * answer is cached, so a later call goes through the same list again. */
-static enum res res_lookup(sl name, uint16_t type, bool search, int64_t now,
-    const struct dns_entry **out)
+/* How a name is looked up. search: the list of resolv.conf applies (names
+ * of the operator; a client's name is taken as it is). stale_ok: an old
+ * answer may serve while DNS fails. */
+struct res_how { bool search, stale_ok; };
+
+/* Look a name up. Each candidate's answer is cached, so a later call goes
+ * through the same list again. */
+static enum res res_lookup(sl name, uint16_t type, struct res_how how,
+    int64_t now, const struct dns_entry **out)
 {
     const struct resolv *r = io_resolv();
     uint8_t text[2 * LIM_HOST_LEN];
     unsigned dots = 0;
     enum res got = RES_NONE, worst = RES_NONE;
     if (sl_ends(name, SL("."))) {
-        search = false;
+        how.search = false;
         name.len--;
     }
     for (size_t i = 0; i < name.len; i++)
         dots += name.p[i] == '.';
-    if (!search)
-        return res_exact(name, type, false, now, out);
+    if (!how.search)
+        return res_exact(name, type, how.stale_ok, now, out);
     bool first = dots >= r->ndots;
     for (int k = first ? -1 : 0; k <= r->search_cnt; k++) {
         if (k == r->search_cnt && first)
@@ -3883,7 +3894,7 @@ static enum res res_lookup(sl name, uint16_t type, bool search, int64_t now,
             bb_byte(&b, '.');
             bb_put(&b, (sl){ r->search[k].text, r->search[k].len });
         }
-        got = res_exact((sl){ text, b.len }, type, true, now, out);
+        got = res_exact((sl){ text, b.len }, type, how.stale_ok, now, out);
         if (got == RES_WAIT || got == RES_OK)
             return got;
         if (got == RES_FAILED)
@@ -3893,11 +3904,10 @@ static enum res res_lookup(sl name, uint16_t type, bool search, int64_t now,
 }
 
 /* Addresses of a host, families alternating, IPv6 first.
- * search    as res_lookup; also says that stale addresses may serve
  * *first_at when the first family answered (0: not yet), so that the other
  *           is waited for LIM_RESOLUTION_MS only (RFC 8305 section 3)
  * Returns   RES_WAIT with *first_at set: call again by then, too. */
-static enum res res_addresses(sl host, bool search, int64_t now,
+static enum res res_addresses(sl host, struct res_how how, int64_t now,
     int64_t *first_at, struct ip out[LIM_TRY_CNT], size_t *cnt)
 {
     struct ip list[2][LIM_TRY_CNT];
@@ -3913,7 +3923,7 @@ static enum res res_addresses(sl host, bool search, int64_t now,
             got[v6] = have[v6] ? RES_OK : RES_NONE;
             continue;
         }
-        got[v6] = res_lookup(host, v6 ? DNS_AAAA : DNS_A, search, now, &e);
+        got[v6] = res_lookup(host, v6 ? DNS_AAAA : DNS_A, how, now, &e);
         for (size_t i = 0; got[v6] == RES_OK && i < e->rec_cnt
              && i < LIM_TRY_CNT; i++) {
             list[v6][i] = (struct ip){ .v6 = v6 };
@@ -3923,8 +3933,8 @@ static enum res res_addresses(sl host, bool search, int64_t now,
     }
     bool any_ok = have[0] + have[1] > 0;
     if (got[0] == RES_WAIT || got[1] == RES_WAIT) {
-        if (any_ok && *first_at == 0)
-            *first_at = now;
+        if (!any_ok || *first_at == 0)
+            *first_at = any_ok ? now : 0;
         if (!any_ok || now < *first_at + LIM_RESOLUTION_MS)
             return RES_WAIT;
     }
@@ -3960,7 +3970,7 @@ static struct anchors {
     unsigned cnt, skipped, read;     /* kept, unusable, seen at all */
     uint8_t data[LIM_ANCHOR_LEN];
 } anchor_set[2];
-static unsigned anchor_now;
+static unsigned anchor_now, anchor_gen;     /* gen grows at each reload */
 
 /* Add the certificates of PEM text to a set.
  * Returns how many are new, or -1: damaged block or set full. */
@@ -4011,6 +4021,8 @@ static void anchors_add_packed(struct anchors *set, sl packed)
 struct hs {
     const br_x509_class *vtable;     /* first: BearSSL casts to it */
     bool used, bad, is_insecure, is_verified;
+    enum class class;                /* of the destination */
+    uint8_t key[16];                 /* the destination, see chan_key */
     enum event why;
     struct name peer;                /* host borrows from the up */
     size_t cnt, len, end[LIM_CHAIN_CNT];
@@ -4416,6 +4428,7 @@ static struct chan {
     uint8_t key[16];                    /* destination, see chan_key */
     struct addr addr;
     int64_t idle_until;
+    unsigned anchor_gen;                /* anchors in force at its start */
     size_t out_off, out_len;            /* plain: what chan_io holds */
 } chan_pool[LIM_CHAN_CNT];
 static br_ssl_client_context chan_tls[LIM_CHAN_CNT];
@@ -4436,7 +4449,7 @@ static bool net_allowed(const struct addr *a, const struct trust *t)
         || (range == RANGE_P && t->private_ok))
         return true;
     for (size_t i = 0; i < cfg.network_cnt; i++)
-        if (ip_in(&plain, &cfg.network[i]) || ip_in(&a->ip, &cfg.network[i]))
+        if (ip_in(&plain, &cfg.network[i]))
             return true;
     return false;
 }
@@ -4467,8 +4480,8 @@ static void chan_close(struct chan *ch)
     ch->state = CHAN_FREE;
 }
 
-/* Keep a connection for the next call, the oldest idle one making room. */
-static void chan_keep(struct chan *ch, int64_t now)
+/* Close the connection that has been idle longest, if `cnt` or more are. */
+static void chan_close_oldest(size_t cnt)
 {
     struct chan *oldest = NULL;
     size_t idle = 0;
@@ -4478,8 +4491,22 @@ static void chan_keep(struct chan *ch, int64_t now)
             if (!oldest || chan_pool[i].idle_until < oldest->idle_until)
                 oldest = &chan_pool[i];
         }
-    if (idle >= LIM_IDLE_CNT)
+    if (oldest && idle >= cnt)
         chan_close(oldest);
+}
+
+/* Keep a connection for the next call, unless the anchors it was judged by
+ * were replaced or the engine holds bytes that nobody asked for. */
+static void chan_keep(struct chan *ch, int64_t now)
+{
+    unsigned st = ch->is_tls ? br_ssl_engine_current_state(
+        &chan_tls[ch - chan_pool].eng) : BR_SSL_SENDAPP;
+    if (ch->anchor_gen != anchor_gen || !(st & BR_SSL_SENDAPP)
+        || (st & BR_SSL_RECVAPP)) {
+        chan_close(ch);
+        return;
+    }
+    chan_close_oldest(LIM_IDLE_CNT);
     ch->state = CHAN_IDLE;
     ch->idle_until = now + LIM_KEPT_MS;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), ch->fd, POLLIN,
@@ -4520,23 +4547,43 @@ static struct chan *chan_open(int fd, const struct addr *a,
     const uint8_t key[16])
 {
     size_t i = 0;
-    while (i < LIM_CHAN_CNT && chan_pool[i].state != CHAN_FREE)
-        i++;
+    for (int again = 0; again < 2; again++) {
+        for (i = 0; i < LIM_CHAN_CNT && chan_pool[i].state != CHAN_FREE; )
+            i++;
+        if (i < LIM_CHAN_CNT)
+            break;
+        chan_close_oldest(1);
+    }
     if (i == LIM_CHAN_CNT)
         return NULL;
-    chan_pool[i] = (struct chan){ .state = CHAN_BUSY, .fd = fd, .addr = *a };
+    chan_pool[i] = (struct chan){ .state = CHAN_BUSY, .fd = fd, .addr = *a,
+        .anchor_gen = anchor_gen };
     memcpy(chan_pool[i].key, key, 16);
     return &chan_pool[i];
 }
 
-static struct hs *hs_take(void)
+/* A slot for a handshake. None but OPERATOR may fill them all, and no
+ * destination many: a peer that stays silent holds its own for LIM_TLS_MS.
+ * NULL: wait. */
+static struct hs *hs_take(enum class class, const uint8_t key[16])
 {
-    for (size_t i = 0; i < LIM_HS_CNT; i++)
-        if (!hs_pool[i].used) {
-            hs_pool[i].used = true;
-            return &hs_pool[i];
-        }
-    return NULL;
+    static const size_t cap[] = { [CLASS_STRANGER] = LIM_HS_CNT / 2,
+        [CLASS_LISTED] = LIM_HS_CNT - 2, [CLASS_OPERATOR] = LIM_HS_CNT };
+    size_t mine = 0, same = 0;
+    struct hs *free = NULL;
+    for (size_t i = 0; i < LIM_HS_CNT; i++) {
+        struct hs *h = &hs_pool[i];
+        mine += h->used && h->class <= class;
+        same += h->used && memcmp(h->key, key, 16) == 0;
+        free = h->used ? free : h;
+    }
+    if (!free || mine >= cap[class]
+        || same >= (class == CLASS_STRANGER ? 2 : LIM_HS_DEST))
+        return NULL;
+    free->used = true;
+    free->class = class;
+    memcpy(free->key, key, 16);
+    return free;
 }
 
 /* The profile of SECURITY section 5. */
@@ -4618,7 +4665,7 @@ static void chan_tls_up(struct chan *ch)
         memcpy(s->key, ch->key, 16);
         s->until_wall = until;
         br_ssl_engine_get_session_parameters(&cc->eng, &s->params);
-        if (s->params.session_id_len == 0)
+        if (s->params.session_id_len == 0 || ch->anchor_gen != anchor_gen)
             s->until_wall = 0;
     } else {
         met.resumed++;
@@ -4873,6 +4920,7 @@ struct up_call {
     uint16_t port;
     sl cert_name;            /* for SNI and certificate */
     size_t reply_cap;
+    size_t tries;            /* addresses that may be dialled; 0: all */
     int64_t end;             /* deadline of the call, absolute */
     void (*build)(uint16_t owner_idx, struct bb *b);    /* the request */
 };
@@ -4914,11 +4962,27 @@ static void res_wake_waiters(void)
     lookup_wake_srv();
 }
 
+/* A handshake slot is free: wake who waits, the operator's calls first,
+ * then listed servers', and in each class the oldest. */
 static void up_wake_tls_waiters(void)
 {
-    for (size_t i = 0; i < COUNT_OF(up_pool); i++)
-        if (up_pool[i].state == UP_TLS_SLOT)
-            loop_wake(KIND_UP, i);
+    for (int class = CLASS_OPERATOR; class >= CLASS_STRANGER; class--) {
+        int64_t after = -1;
+        for (;;) {
+            struct up *next = NULL;
+            for (size_t i = 0; i < COUNT_OF(up_pool); i++) {
+                struct up *u = &up_pool[i];
+                if (u->state == UP_TLS_SLOT && u->begin_us > after
+                    && (int)u->call.trust.class == class
+                    && (!next || u->begin_us < next->begin_us))
+                    next = u;
+            }
+            if (!next)
+                break;
+            after = next->begin_us;
+            loop_wake(KIND_UP, (size_t)(next - up_pool));
+        }
+    }
 }
 
 /* The reply of a finished call. */
@@ -4964,7 +5028,8 @@ static void up_watch(struct up *u)
         if (u->try_next < u->try_cnt && u->stagger_at < end)
             end = u->stagger_at;
         break;
-    case UP_TLS_SLOT:
+    case UP_TLS_SLOT:                /* a reset shows at the handshake */
+        fd = -1;
         end = u->call.end;
         break;
     case UP_TLS:
@@ -5095,7 +5160,8 @@ static void up_step_resolve(struct up *u, int64_t now)
     if (name_parse(u->call.host, &n) && n.is_ip)
         list[0] = n.ip;
     else
-        got = res_addresses(u->call.host, u->call.search, now, &u->first_at,
+        got = res_addresses(u->call.host, (struct res_how){ u->call.search,
+            u->call.trust.class != CLASS_STRANGER }, now, &u->first_at,
             list, &cnt);
     if (got == RES_WAIT) {
         up_watch(u);
@@ -5108,7 +5174,7 @@ static void up_step_resolve(struct up *u, int64_t now)
     }
     for (size_t i = 0; i < cnt; i++)
         u->try_addr[i] = (struct addr){ list[i], u->call.port };
-    u->try_cnt = cnt;
+    u->try_cnt = u->call.tries && u->call.tries < cnt ? u->call.tries : cnt;
     u->state = UP_DIAL;
     u->stage_end = now + LIM_CONNECT_MS;
     u->is_denied = true;
@@ -5169,7 +5235,7 @@ static void up_start_tries(struct up *u, int64_t now)
 /* Enter TLS as soon as one of the handshake slots is free. */
 static void up_step_tls_slot(struct up *u, int64_t now)
 {
-    struct hs *h = hs_take();
+    struct hs *h = hs_take(u->call.trust.class, u->key);
     u->state = UP_TLS_SLOT;
     if (!h) {
         up_watch(u);
@@ -5247,6 +5313,7 @@ static void up_step_tls(struct up *u, int64_t now)
 static uint8_t scratch[LIM_SCRATCH_LEN];    /* one message being written */
 
 static void up_step_send(struct up *u, int64_t now);
+static void up_broken(struct up *u, int64_t now);
 
 /* The connection stands: write the request. */
 static void up_send(struct up *u, int64_t now)
@@ -5256,12 +5323,14 @@ static void up_send(struct up *u, int64_t now)
     u->state = UP_SEND;
     u->stage_end = now + LIM_REPLY_MS;
     u->call.build(u->call.owner_idx, &b);
-    if (!bb_finish(&b, &text) || !chan_put(u->chan, text)) {
-        up_fail(u, EV_BUG_OVERFLOW, "http", 0);
-        return;
-    }
-    up_step_send(u, now);
+    bool ok = bb_finish(&b, &text), taken = ok && chan_put(u->chan, text);
     wipe(scratch, b.len);
+    if (taken)
+        up_step_send(u, now);
+    else if (ok && u->is_kept)       /* the engine has something else to say */
+        up_broken(u, now);
+    else
+        up_fail(u, EV_BUG_OVERFLOW, "http", 0);
 }
 
 /* A connection died. A kept one, before any reply byte, is replaced once. */
@@ -5471,6 +5540,7 @@ struct lookup {
     unsigned srv_stage;
     struct target target[LIM_TRY_CNT];
     size_t target_cnt, target_next;
+    size_t dial_cnt;         /* addresses dialled for userinfo */
     sl user;                 /* L_DONE: verified, in the call's reply */
     enum event why;
     const char *step;
@@ -5543,25 +5613,32 @@ static bool name_in(sl name, const sl *list, size_t cnt)
     return false;
 }
 
-/* `name` itself, or `*.suffix` for names below it; the port is compared
- * only when the pattern has one. */
+/* `name` itself, or `*.suffix` for names below it. A pattern without a
+ * port stands for every port. */
 static bool name_matches(const struct name *n, sl pattern)
 {
-    sl whole = sl_find(pattern, ':') < pattern.len ? n->whole : n->host;
-    if (sl_starts(pattern, SL("*.")))
-        return sl_ends(whole, sl_skip(pattern, 1))
-            && whole.len > pattern.len - 1;
-    return sl_eq(whole, pattern) || sl_eq(n->whole, pattern);
+    struct name p;
+    if (sl_starts(pattern, SL("*."))) {
+        sl tail = sl_skip(pattern, 1);
+        return n->host.len > tail.len
+            && sl_ieq(sl_skip(n->host, n->host.len - tail.len), tail);
+    }
+    return name_parse(pattern, &p) && sl_ieq(p.host, n->host)
+        && (p.port == 0 || p.port == n->port);
 }
 
-/* LKJWT_ALLOWED_HOMESERVERS and LKJWT_BLOCKED_HOMESERVERS; blocked wins. */
-static bool name_denied(const struct name *n)
+/* LKJWT_ALLOWED_HOMESERVERS and LKJWT_BLOCKED_HOMESERVERS; blocked wins.
+ * DNS is case-blind and knows a trailing dot, so the lists are too. */
+static bool name_denied(const struct name *given)
 {
+    struct name n = *given;
+    if (sl_ends(n.host, SL(".")))
+        n.host.len--;
     bool ok = cfg.allowed_cnt == 0;
     for (size_t i = 0; i < cfg.allowed_cnt && !ok; i++)
-        ok = name_matches(n, cfg.allowed[i]);
+        ok = name_matches(&n, cfg.allowed[i]);
     for (size_t i = 0; i < cfg.blocked_cnt && ok; i++)
-        ok = !name_matches(n, cfg.blocked[i]);
+        ok = !name_matches(&n, cfg.blocked[i]);
     return !ok;
 }
 
@@ -5597,9 +5674,14 @@ static struct trust name_trust(const struct name *n, bool is_listed)
                               || (cfg.is_open && !n->is_ip)) };
 }
 
+static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
+    int64_t now);
+
 static void lookup_fail(struct lookup *l, enum event why, const char *step)
 {
     uint8_t addr[64], num[20];
+    if (l->state == L_WELL_KNOWN)            /* nobody shall wait for it */
+        wk_finish(l, (sl){ NULL, 0 }, 0, true, io_now());
     bool has_addr = l->up && l->up->has_addr;
     bool has_status = l->up && l->up->state == UP_DONE;
     l->state = L_FAILED;
@@ -5677,8 +5759,8 @@ static void lookup_build(uint16_t idx, struct bb *b)
 static void lookup_build_wk(uint16_t idx, struct bb *b)
 {
     const struct lookup *l = &lookup_pool[idx];
-    bb_str(b, "GET ");
-    bb_put(b, l->url.rest.len ? l->url.rest : SL("/"));
+    bb_str(b, sl_starts(l->url.rest, SL("/")) ? "GET " : "GET /");
+    bb_put(b, l->url.rest);
     bb_str(b, " HTTP/1.1\r\nHost: ");
     bb_put(b, l->url.name.whole);
     bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
@@ -5704,7 +5786,7 @@ static void lookup_call(struct lookup *l, int64_t now)
         .port = o ? o->port : t->port,
         .cert_name = o ? o->url.name.host : l->dn.host,
         .reply_cap = LIM_USERINFO_LEN, .end = l->end,
-        .build = lookup_build };
+        .tries = LIM_TRY_CNT - l->dial_cnt, .build = lookup_build };
     c.search = o || (l->is_listed && is_single_label(c.host));
     lookup_drop_up(l, now);
     l->state = L_CALL;
@@ -5796,7 +5878,8 @@ static void lookup_srv(struct lookup *l, int64_t now)
         bb_str(&b, service[l->srv_stage]);
         bb_put(&b, l->dn.host);
         sl name = { text, b.len };
-        enum res got = res_lookup(name, DNS_SRV, false, now, &e);
+        enum res got = res_lookup(name, DNS_SRV,
+            (struct res_how){ false, l->is_listed }, now, &e);
         if (got == RES_WAIT) {
             loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
             return;
@@ -6014,7 +6097,9 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
 {
     struct up *u = l->up;
     bool unreachable = strcmp(u->step, "http") != 0;
-    if (unreachable && l->target_next + 1 < l->target_cnt) {
+    l->dial_cnt += u->try_next;
+    if (unreachable && l->target_next + 1 < l->target_cnt
+        && l->dial_cnt < LIM_TRY_CNT) {
         note(u->step, false, l->name.whole, sl_str(event_tab[u->why].text));
         l->target_next++;
         lookup_call(l, now);
@@ -6023,6 +6108,7 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
     if (unreachable && l->is_cached && !l->is_forgetful) {
         struct wk *w = wk_slot(l->name.whole, now);
         l->is_forgetful = true;
+        l->dial_cnt = 0;
         if (w && w->state == WK_OK)
             w->until = w->good_until = 0;
         lookup_drop_up(l, now);
@@ -6117,8 +6203,13 @@ static bool lookup_may_open(uint64_t dest, bool is_listed)
             strangers += !lookup_pool[i].is_listed;
             same += lookup_pool[i].dest == dest;
         }
+    int64_t share = (cfg.lookups_max + 1) / 2;
+    if (cfg.is_open && cfg.lookups_max > 32)
+        share = cfg.lookups_max - 16;
+    else if (share > LIM_STRANGER_CNT)
+        share = LIM_STRANGER_CNT;
     return active < cfg.lookups_max && same < cap
-        && (is_listed || cfg.is_open || strangers < LIM_STRANGER_CNT);
+        && (is_listed || strangers < share);
 }
 
 /* Start a lookup of a checked name; the caller asked lookup_may_open.
@@ -6675,7 +6766,9 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_is_metrics(c));
     conn_request_id(c, in);
     if (conn_is_lane(c) && (!c->route || c->route->is_cors)) {
-        conn_refuse(c, EV_CONN_FULL, now);
+        c->is_refused = true;
+        LOG0(EV_CONN_FULL);
+        conn_error(c, RE_BUSY, NULL, now);
         return;
     }
     bool wanted = c->route && c->route->is_cors
@@ -6802,10 +6895,14 @@ static void conn_read(struct conn *c, int64_t now)
     }
     if (n == 0)
         c->is_eof = true;
-    else if (c->state == C_HEAD && c->in_len == 0)
+    else if (c->state == C_HEAD && c->in_len == 0) {
         c->end = now + LIM_HEAD_MS;
+        c->begin_us = io_now_us();
+    }
     c->in_len += (size_t)n;
 }
+
+static bool exchange_gone(size_t idx, int64_t now);
 
 /* Move a connection on: at most one request. */
 static enum step conn_step(size_t idx, int revents, int64_t now)
@@ -6829,6 +6926,8 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
         if (revents & (POLLHUP | POLLERR)) {
             LOG(EV_CLIENT_GONE, KV("req", ((sl){ c->req, c->req_len })));
             io_close(&c->fd);
+            if (exchange_gone(idx, now))
+                conn_close(c);
         }
         break;
     case C_WRITE:
@@ -6888,10 +6987,13 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
 {
     struct conn *c = conn_slot(is_metrics);
     if (!c) {
-        sl full = SL("HTTP/1.1 503 Service Unavailable\r\n"
-            "Connection: close\r\nContent-Length: 0\r\n\r\n");
+        uint8_t text[160];
+        struct bb b = BB(text);
+        bb_str(&b, "HTTP/1.1 503 Service Unavailable\r\nDate: ");
+        bb_put(&b, http_date());
+        bb_str(&b, "\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
         LOG0(EV_CONN_FULL);
-        (void)!io_write(fd, full);
+        (void)!io_write(fd, (sl){ text, b.len });
         io_close(&fd);
         return;
     }
@@ -7162,6 +7264,16 @@ static sl exchange_step_name(enum event ev)
         : ev == EV_CLAIM_MISMATCH ? SL("sub") : (sl){ NULL, 0 };
 }
 
+/* The client of an exchange left. True: it only waited, and is ended. */
+static bool exchange_gone(size_t idx, int64_t now)
+{
+    struct exchange *x = &exchange_pool[idx];
+    if (x->state != X_WAIT && x->state != X_ROOM_WAIT)
+        return false;
+    exchange_end(x, now);
+    return true;
+}
+
 static void exchange_fail(struct exchange *x, enum event ev, enum reply re,
     int64_t now)
 {
@@ -7317,7 +7429,14 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
     }
 }
 
-/* Start the lookup when a slot is free, else wait a second or a wake. */
+/* Wait a second, or for a wake. */
+static void exchange_queue(struct exchange *x, int64_t now)
+{
+    x->end = now + 1000;
+    exchange_set(x, X_WAIT);
+}
+
+/* Start the lookup when a slot is free, else wait. */
 static void exchange_admit(struct exchange *x, int64_t now)
 {
     struct conn *c = exchange_conn(x);
@@ -7329,8 +7448,12 @@ static void exchange_admit(struct exchange *x, int64_t now)
         x->lookup = lookup_open(KIND_EXCHANGE,
             (uint16_t)(x - exchange_pool), &x->name, x->r.access_token,
             request_id(c), now);
-    x->end = x->lookup ? INT64_MAX : now + 1000;
-    exchange_set(x, x->lookup ? X_LOOKUP : X_WAIT);
+    if (!x->lookup) {
+        exchange_queue(x, now);
+        return;
+    }
+    x->end = INT64_MAX;
+    exchange_set(x, X_LOOKUP);
 }
 
 /* Move on after a wake or at the deadline. */
@@ -7362,6 +7485,16 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
         break;
     }
     return STEP_WAIT;
+}
+
+/* Whether others of this server wait already: a newcomer joins them. */
+static bool exchange_has_queue(uint64_t dest)
+{
+    for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
+        if (exchange_pool[i].state == X_WAIT
+            && exchange_pool[i].dest == dest)
+            return true;
+    return false;
 }
 
 /* Whether one more may wait for this server (SECURITY section 4). */
@@ -7421,11 +7554,13 @@ static void exchange_start(struct conn *c, bool is_legacy, int64_t now)
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
     else if (!token_ok(x->r.access_token))
         exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
-    else if (!lookup_may_open(x->dest, x->is_listed)
-             && !exchange_may_wait(x))
+    else if (lookup_may_open(x->dest, x->is_listed)
+             && !exchange_has_queue(x->dest))
+        exchange_admit(x, now);
+    else if (!exchange_may_wait(x))
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
     else
-        exchange_admit(x, now);
+        exchange_queue(x, now);
 }
 
 static void srv_get_token(struct conn *c, int64_t now)
@@ -7804,7 +7939,7 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
     X(LIVEKIT_INSECURE_SKIP_VERIFY_TLS, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "YES_I_KNOW_WHAT_I_AM_DOING turns certificate checks off") \
     X(LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS, ENV_NUMBER, TO(sanity_s), NULL, \
-      0, 86400, 1, "0", "interval of delegated-leave checks; 0 is off") \
+      0, INT32_MAX, 1, "0", "interval of delegated-leave checks; 0 is off") \
     X(LIVEKIT_CS_API_URL_OVERRIDES, ENV_OVERRIDE, TO(cs), TO(cs_cnt), \
       0, 0, 0, "", "name=url,...: client-server API of a homeserver") \
     X(LIVEKIT_CAN_UPDATE_OWN_METADATA, ENV_FLAG, TO(can_update), NULL, \
@@ -8005,7 +8140,8 @@ static void cfg_overrides(const struct env_row *r, sl v)
         struct override *o = &tab[*r->cnt];
         if (eq == entry.len || !name_parse(name, &n)
             || !cfg_base(url, true, &o->base)
-            || sl_starts(o->base.url.scheme, SL("ws"))) {
+            || sl_ieq(o->base.url.scheme, SL("ws"))
+            || sl_ieq(o->base.url.scheme, SL("wss"))) {
             cfg_say(EV_CONFIG_BAD, r->name,
                 "entries must be server_name=http(s)://host[:port][/path]");
             return;
@@ -8145,6 +8281,8 @@ static void cfg_keys(void)
             "LIVEKIT_SECRET_FROM_FILE");
         if (name.len && value.len)
             cfg_add_key(name, value);
+        if (env_get("LIVEKIT_SECRET_FROM_FILE").len)
+            wipe((uint8_t *)(uintptr_t)value.p, value.len);
     }
 }
 
@@ -8571,6 +8709,7 @@ static void ca_reload(void)
     (void)ca_load();
     if (anchor_now == before)
         return;
+    anchor_gen++;
     for (size_t i = 0; i < LIM_SESSION_CNT; i++)
         session_cache[i].until_wall = 0;
     for (size_t i = 0; i < LIM_CHAN_CNT; i++)
@@ -8589,22 +8728,25 @@ static void ca_reload(void)
 static enum step listen_step(size_t idx, int revents, int64_t now);
 static enum step signal_step(size_t idx, int revents, int64_t now);
 
-static bool up_is_heavy(size_t idx)
+/* Rank of a call whose next step may be expensive, 0: it is not. */
+static size_t up_weight(size_t idx)
 {
-    return up_pool[idx].state == UP_TLS;
+    const struct up *u = &up_pool[idx];
+    return u->state != UP_TLS ? 0 : u->call.trust.class == CLASS_STRANGER
+        ? 2 : 1;
 }
 
 /* How many objects each kind has, and what moves them. */
 static const struct dispatch_row {
     size_t cnt;
     enum step (*step)(size_t idx, int revents, int64_t now);
-    bool (*is_heavy)(size_t idx);    /* one per round only */
+    size_t (*weight)(size_t idx);    /* not 0: one per round, least first */
 } dispatch_tab[KIND_CNT] = {
     [KIND_LISTEN]   = { LIM_LISTEN_CNT, listen_step, NULL },
     [KIND_CONN]     = { LIM_SLOT_CNT, conn_step, NULL },
     [KIND_EXCHANGE] = { LIM_SLOT_CNT, exchange_step, NULL },
     [KIND_LOOKUP]   = { LIM_UP_CNT, lookup_step, NULL },
-    [KIND_UP]       = { LIM_UP_CNT + LIM_SFU_CNT, up_step, up_is_heavy },
+    [KIND_UP]       = { LIM_UP_CNT + LIM_SFU_CNT, up_step, up_weight },
     [KIND_TRY]      = { (LIM_UP_CNT + LIM_SFU_CNT) * LIM_TRY_CNT, try_step,
                         NULL },
     [KIND_CHAN]     = { LIM_CHAN_CNT, chan_step, NULL },
@@ -8749,8 +8891,10 @@ static void loop_ready(int64_t now)
         const struct dispatch_row *row = &dispatch_tab[w->kind];
         if (w->gen != ready[i].gen)
             continue;
-        if (row->is_heavy && row->is_heavy(w->idx)) {
-            size_t key = (w->idx + row->cnt - turn) % row->cnt;
+        size_t weight = row->weight ? row->weight(w->idx) : 0;
+        if (weight) {
+            size_t key = weight * row->cnt
+                + (w->idx + row->cnt - turn) % row->cnt;
             if (key < heavy_key) {
                 heavy = i;
                 heavy_key = key;
@@ -8806,8 +8950,8 @@ static void loop_round(const sigset_t *mask)
     now = io_now();
     if (n > 0)
         loop_ready(now);
-    (void)signal_step(0, 0, now);
     loop_due(now);
+    (void)signal_step(0, 0, now);
 }
 
 /* Listeners by index: public 0 and 1, metrics 2 and 3. */
@@ -9148,7 +9292,7 @@ static void main_nofile(void)
 {
     struct { uint64_t soft, hard; } lim;
     uint64_t fixed = LIM_LANE_CNT + LIM_METRICS_CNT + LIM_CHAN_CNT
-        + LIM_QUERY_CNT + 32, need = fixed + (uint64_t)cfg.max_conns;
+        + LIM_QUERY_CNT + LIM_UP_CNT + 32, need = fixed + (uint64_t)cfg.max_conns;
     char text[96];
     if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
         return;
@@ -9181,15 +9325,30 @@ static bool main_begin(void)
     return ok;
 }
 
+/* Tell every limit that a variable sets, one pair each. */
+static void main_limits(void)
+{
+    struct log_kv kv[COUNT_OF(env_tab) + 1];
+    uint8_t text[COUNT_OF(env_tab)][20];
+    size_t n = 0;
+    for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
+        const struct env_row *r = &env_tab[i];
+        if (r->kind == ENV_NUMBER)
+            kv[n++] = (struct log_kv)KV(r->name, text_u64(text[i],
+                (uint64_t)(*(const int64_t *)r->to / r->scale)));
+    }
+    kv[n] = (struct log_kv){ NULL, { NULL, 0 } };
+    log_event(EV_LIMITS, kv);
+}
+
 /* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 listeners,
  * then the loop. */
 static int main_serve(int argc, char **argv)
 {
     sigset_t mask;
-    uint8_t num[20], body[20];
     (void)argc;
     (void)argv;
-    if (!main_begin() || anchor_set[anchor_now].cnt + cfg.insecure == 0)
+    if (!main_begin())
         return 1;
     (void)io_hosts();
     (void)io_resolv();
@@ -9197,9 +9356,7 @@ static int main_serve(int argc, char **argv)
     main_signals(&mask);
     io_statm_fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/statm",
         O_RDONLY | O_CLOEXEC);
-    LOG(EV_LIMITS, KV("connections", text_u64(num,
-        (uint64_t)cfg.max_conns)), KV("body", text_u64(body,
-        (uint64_t)cfg.max_body)));
+    main_limits();
     if (!main_listen(&cfg.bind, 0, false)
         || (cfg.has_metrics && !main_listen(&cfg.metrics, 2, true)))
         return 1;
@@ -9446,6 +9603,11 @@ int main(int argc, char **argv)
     const char *slash = strrchr(name, '/');
     const char *want = argc > 1 ? argv[1] : "";
     (void)signal(SIGPIPE, SIG_IGN);
+    for (int fd = 0; fd >= 0 && fd <= 2; ) { /* 0 to 2 are never sockets */
+        fd = (int)syscall(SYS_openat, AT_FDCWD, "/", O_RDONLY);
+        if (fd > 2)
+            close(fd);
+    }
     if (strcmp(slash ? slash + 1 : name, "lk-jwt-service-healthcheck") == 0)
         want = "--healthcheck";
     for (size_t i = 0; i < COUNT_OF(command_tab); i++)

@@ -1,1 +1,1 @@
-/* config */
+static void test_config(void) { row("todo", true, "x"); }

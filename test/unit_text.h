@@ -251,7 +251,7 @@ static void test_names(void)
         && !host_parse(SL("a_b:80"), false, &n), "wrong");
     static const struct { const char *name, *pattern; bool want; } tab[] = {
         { "example.org", "example.org", true },
-        { "example.org", "Example.org", false },
+        { "example.org", "Example.ORG", true },
         { "example.org:8448", "example.org", true },
         { "example.org:8448", "example.org:8448", true },
         { "example.org", "example.org:8448", false },
@@ -262,11 +262,33 @@ static void test_names(void)
         { "badexample.org", "*.example.org", false },
         { ".example.org", "*.example.org", false },
         { "a.example.org:8448", "*.example.org", true },
-        { "a.example.org:8448", "*.example.org:8448", true },
-        { "a.example.org:1", "*.example.org:8448", false },
+        { "A.Example.org", "*.example.ORG", true },
         { "a.org", "*", false }, { "a.org", "*.", false },
+        { "a.org", "", false }, { "a.org", "a.org/", false },
         { "[::1]", "[::1]", true }, { "[::1]:8448", "[::1]", true },
     };
+    static const struct { const char *name, *allowed, *blocked; bool want; }
+    denied[] = {
+        { "a.org", "", "", false }, { "a.org", "a.org", "", false },
+        { "b.org", "a.org", "", true }, { "a.org", "", "a.org", true },
+        { "a.org", "a.org", "a.org", true }, { "b.org", "", "a.org", false },
+        { "a.org.", "", "a.org", true }, { "A.org", "", "a.org", true },
+        { "x.a.org.:8448", "", "*.a.org", true },
+        { "x.a.org", "*.a.org", "y.a.org", false },
+        { "y.a.org", "*.a.org", "y.a.org", true },
+    };
+    for (size_t i = 0; i < COUNT_OF(denied); i++) {
+        cfg.allowed_cnt = denied[i].allowed[0] != 0;
+        cfg.allowed[0] = sl_str(denied[i].allowed);
+        cfg.blocked_cnt = denied[i].blocked[0] != 0;
+        cfg.blocked[0] = sl_str(denied[i].blocked);
+        bool ok = name_parse(sl_str(denied[i].name), &n);
+        row(name_of("%s, allowed `%s`, blocked `%s`", denied[i].name,
+                    denied[i].allowed, denied[i].blocked),
+            ok && name_denied(&n) == denied[i].want, "want %d",
+            denied[i].want);
+    }
+    cfg.allowed_cnt = cfg.blocked_cnt = 0;
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
         bool ok = name_parse(sl_str(tab[i].name), &n);
         row(name_of("%s in %s", tab[i].name, tab[i].pattern),
@@ -617,7 +639,7 @@ static void test_dates(void)
     static const struct { const char *cc, *expires; int64_t want; } cache[] = {
         { "", "", 777 }, { "max-age=60", "", 60 }, { "MAX-AGE=60", "", 60 },
         { "public, max-age=60", "", 60 }, { "max-age=0", "", 0 },
-        { "max-age=60, no-store", "", 60 }, { "no-store", "", 0 },
+        { "max-age=60, no-store", "", 0 }, { "no-store", "", 0 },
         { "no-cache, max-age=60", "", 0 }, { "max-age=x", "", 777 },
         { "max-age", "", 777 }, { "max-age=-1", "", 777 },
         { "s-maxage=5", "", 777 }, { "private", "", 777 },
@@ -631,12 +653,8 @@ static void test_dates(void)
     for (size_t i = 0; i < COUNT_OF(cache); i++) {
         int64_t got = cache_seconds(sl_str(cache[i].cc),
             sl_str(cache[i].expires), 1726760839, 777);
-        if (strstr(cache[i].cc, "no-store"))       /* order does not matter */
-            row(name_of("cache `%s`", cache[i].cc), got == 0
-                || got == cache[i].want, "got %lld", (long long)got);
-        else
-            row_int(name_of("cache `%s` `%s`", cache[i].cc,
-                cache[i].expires), got, cache[i].want);
+        row_int(name_of("cache `%s` `%s`", cache[i].cc, cache[i].expires),
+            got, cache[i].want);
     }
 }
 

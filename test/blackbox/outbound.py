@@ -131,7 +131,8 @@ class Exchange:
             return None
         if step is not None:
             match["step"] = step
-        line = self.line(server=self.server, **match)
+        # by request id: a line of the exchange before may come through the pipe late
+        line = self.line(server=self.server, req=r.header("X-Request-Id"), **match)
         assert line["msg"], line
         return line
 

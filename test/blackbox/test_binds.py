@@ -1,14 +1,17 @@
 """PROTOCOL.md 14: bind forms, sockets in the file system, the health check of each."""
 import ctypes
+import errno
 import os
 import socket
 import stat
 import struct
 import subprocess
+import sys
 import time
 
 import pytest
 
+from exchange import check_granted
 from peers import RawServer
 from service import BIN, Service, base_env, dial, free_port, run_cli
 
@@ -98,13 +101,15 @@ def test_port_0_tells_the_real_one():
         assert s.port > 0 and s.request("GET", "/healthz").status == 200
 
 
-def deny_ipv6():
-    """socket(AF_INET6) fails, as with RestrictAddressFamilies=AF_INET or a kernel without it."""
+def only_families(*families):
+    """socket() of any other family fails, as with systemd's RestrictAddressFamilies= or a kernel without it."""
     libc = ctypes.CDLL(None, use_errno=True)
     arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[os.uname().machine]
     nr = {"x86_64": 41, "aarch64": 198}[os.uname().machine]
-    code = [(0x20, 0, 0, 4), (0x15, 0, 5, arch), (0x20, 0, 0, 0), (0x15, 0, 3, nr), (0x20, 0, 0, 16),
-            (0x15, 0, 1, socket.AF_INET6), (0x06, 0, 0, 0x00050000 | 97), (0x06, 0, 0, 0x7FFF0000)]
+    n = len(families)
+    allow, deny = (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | errno.EAFNOSUPPORT)
+    code = [(0x20, 0, 0, 4), (0x15, 0, n + 4, arch), (0x20, 0, 0, 0), (0x15, 0, n + 2, nr), (0x20, 0, 0, 16),
+            *[(0x15, n - i, 0, f) for i, f in enumerate(families)], deny, allow]
     text = b"".join(struct.pack("HBBI", *c) for c in code)
     buf = ctypes.create_string_buffer(text)
     prog = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buf))
@@ -115,10 +120,27 @@ def deny_ipv6():
 def test_without_ipv6(link):
     port = free_port()
     env = base_env(LIVEKIT_JWT_BIND=f":{port}")
-    with Service(env, preexec_fn=deny_ipv6) as s:
+    def no_v6():
+        only_families(socket.AF_INET)
+    with Service(env, preexec_fn=no_v6) as s:
         assert reachable("127.0.0.1", port) and not reachable("::1", port)
-        done = subprocess.run([link], env=env, preexec_fn=deny_ipv6, timeout=10)
+        done = subprocess.run([link], env=env, preexec_fn=no_v6, timeout=10)
         assert done.returncode == 0
+        assert s.stop() == 0
+
+
+def test_needs_no_unix_and_no_netlink_socket(rig):
+    """RestrictAddressFamilies=AF_INET AF_INET6: an exchange and a health check."""
+    def inet():
+        only_families(socket.AF_INET, socket.AF_INET6)
+    with pytest.raises(subprocess.CalledProcessError):      # the filter itself bites
+        subprocess.run([sys.executable, "-c", "import socket; socket.socket(socket.AF_UNIX)"], preexec_fn=inet, check=True,
+                       stderr=subprocess.DEVNULL)
+    env = rig.env(LIVEKIT_JWT_BIND=f":{free_port()}", LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}")
+    with Service(env, preexec_fn=inet) as s:
+        check_granted(s.post("/sfu/get", rig.body("/sfu/get", rig.full)))
+        assert s.metrics()
+        assert subprocess.run([BIN, "--healthcheck"], env=env, preexec_fn=inet, timeout=10).returncode == 0
         assert s.stop() == 0
 
 

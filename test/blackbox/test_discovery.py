@@ -507,6 +507,30 @@ def test_addresses_are_tried_in_turn(row, stand_in, many):
             assert any(x in line["addr"] for x in a + aaaa)
 
 
+def test_black_holes_on_the_way(stand_in, many):
+    """Port 443 that swallows connections leads to step 4, an SRV target that does to the next target."""
+    hs, dns = many
+    hs.forget()
+    wall, dead = fresh("many.test"), fresh("many.test")
+    dns.add(f"{wall}. A {V4[30]}\n_matrix-fed._tcp.{wall}. SRV 1 1 8448 works.many.test.\nworks.many.test. A {WORKS}\n"
+            f"{dead}. A {V4[31]}\n_matrix-fed._tcp.{dead}. SRV 1 1 8448 hole.many.test.\nhole.many.test. A {HOLE}\n"
+            f"_matrix-fed._tcp.{dead}. SRV 2 1 8448 works.many.test.\n")
+    with BlackHole(V4[30], 443), lkjwt(dns) as svc:
+        assert [e.reply.status for e in at_once(svc, [wall, dead])] == [200, 200]
+        assert {r.host for r in hs.asked()} == {wall, dead}
+
+
+def test_srv_target_with_a_wrong_certificate_leads_to_the_next(stand_in, many):
+    hs, dns = many
+    hs.forget()
+    name = fresh("many.test")
+    dns.add(f"{name}. A {V4[31]}\n_matrix._tcp.{name}. SRV 1 1 8448 wrong.many.test.\nwrong.many.test. A {V4[28]}\n"
+            f"_matrix._tcp.{name}. SRV 2 1 8448 works.many.test.\nworks.many.test. A {WORKS}\n")
+    with lkjwt(dns) as svc:
+        Exchange(svc, name).granted()
+        assert hs.asked()[0].sni == name
+
+
 # ---- the server name grammar -------------------------------------------------------------------------
 
 BAD_NAMES = [

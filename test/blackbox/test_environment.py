@@ -64,6 +64,30 @@ def test_fatal(name, value):
     assert name in got.err, got
 
 
+ACCEPTED = {
+    "LIVEKIT_URL": ["ws://sfu", "WSS://SFU.example.org", "http://10.0.0.1:7880/a/b", "https://[::1]:7880/", "sfu.example.org"],
+    "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS": ["0", "30"],
+    "LIVEKIT_CS_API_URL_OVERRIDES": ["a=http://b", " a.example:8448 = https://c/d/ ,, b=c ,"],
+    "LKJWT_FEDERATION_API_URL_OVERRIDES": ["a=http://b", "[::1]:8448=c.example:8448,127.0.0.1=https://d/x=y"],
+    "LIVEKIT_CAN_UPDATE_OWN_METADATA": ["true", "false"], "LKJWT_RESTRICTED_CAN_PUBLISH": ["true", "false"],
+    "LKJWT_CA_ONLY": ["true", "false"], "LKJWT_PATH_PREFIX": ["/", "/a", "/a/b/"],
+    "LKJWT_LIVEKIT_API_URL": ["http://10.0.0.1:7880", "wss://x/", "livekit:7880"],
+    "LKJWT_TOKEN_TTL_S": ["60", "86400"], "LKJWT_MAX_BODY": ["65536"], "LKJWT_MAX_CONNS": ["1", "1024"],
+    "LKJWT_KEEPALIVE_S": ["1"], "LKJWT_LAME_DUCK_S": ["0", "5"], "LKJWT_DRAIN_S": ["0"],
+    "LKJWT_LOG_FORMAT": ["json", "logfmt"], "LKJWT_PRIVATE_NETWORKS": ["auto", "deny"],
+    "LKJWT_ALLOW_NETWORKS": ["10.0.0.0/8", "10.0.0.0/8,fc00::/7, 127.0.0.1 ::1/128"],
+    "LKJWT_RESOLVER": ["10.0.0.53", "10.0.0.53:5353,[::1]:53, ::1"], "LKJWT_METRICS_BIND": [":9090", "[::1]:9090"],
+    "LKJWT_ALLOWED_HOMESERVERS": ["a.example *.b.example", "a.example:8448,"], "LKJWT_STRICT": ["yes", "true", "false"],
+    "LIVEKIT_JWT_BIND": ["8080", ":8080", "0.0.0.0:8080", "[::]:8080", "unix:/a", "/a/b c", "localhost:80"],
+}
+
+
+@pytest.mark.parametrize("name, value", [pytest.param(n, v, id=f"{n}={v!r}") for n, vs in ACCEPTED.items() for v in vs])
+def test_accepted(name, value):
+    got = run_cli(["--print-config"], base_env(**{name: value}))
+    assert got.code == 0 and value in got.out, got
+
+
 def test_bind_and_port_together():
     got = fatal(base_env(LIVEKIT_JWT_BIND="127.0.0.1:8080", LIVEKIT_JWT_PORT="8080"))
     assert "LIVEKIT_JWT_PORT" in got.err and "LIVEKIT_JWT_BIND" in got.err

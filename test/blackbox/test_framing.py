@@ -330,6 +330,16 @@ def test_chunked_exchange(svc, rig, path, size):
         assert w.reply().status == 200
 
 
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_exchange_by_http_1_0(svc, rig, path):
+    body = json.dumps(rig.body(path, rig.other)).encode()
+    with svc.wire() as w:
+        w.send(f"POST {path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        reply = w.reply("POST")
+        check_granted(reply)
+        assert reply.header("Connection") == "close" and w.at_end()
+
+
 def big(path, rig, size):
     """A valid body of that many bytes: blanks count."""
     text = json.dumps(rig.body(path, rig.other))

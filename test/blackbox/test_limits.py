@@ -1,5 +1,7 @@
 """SECURITY.md 4: full pools, the lane of /healthz, few descriptors, flat memory."""
 import json
+import os
+import random
 import resource
 import socket
 import threading
@@ -9,7 +11,7 @@ import pytest
 
 from exchange import UNAUTHORIZED, check_error, check_granted, make_body
 from peers import Homeserver, Reply, wait_for
-from service import CANARY_TOKEN, DEADLINE, Closed, Service
+from service import CANARY_TOKEN, DEADLINE, Closed, Service, Wire, dial, free_port
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -131,7 +133,6 @@ def test_many_connections_come_and_go(rig):
 
 
 def descriptors(s):
-    import os
     return os.listdir(f"/proc/{s.pid}/fd")
 
 
@@ -267,3 +268,246 @@ def test_too_many_body_buffers(rig):
             w.close()
         assert statuses.count(200) >= 60 and statuses.count(429) >= 10, statuses
         check_granted(s.post("/sfu/get", body))
+
+
+# ---- lookups: slots, queues, who may take which
+
+def burst(s, hs, count, first=0):
+    """That many connections with a complete request for hs, each with a token of its own."""
+    return [pending(s, hs, first + n) for n in range(count)]
+
+
+def answered(wires, timeout):
+    """The replies that have come within that time."""
+    out = []
+    until = time.monotonic() + timeout
+    for w in wires:
+        w.sock.settimeout(max(0.01, until - time.monotonic()))
+        try:
+            if w.sock.recv(1, socket.MSG_PEEK):
+                out.append(w.reply("POST"))
+        except TimeoutError:
+            pass
+    return out
+
+
+def test_queue_for_one_stranger_is_bounded(rig, stuck):
+    """16 in flight, 128 wait, the rest is told at once; others are served."""
+    stuck.forget()
+    with rig.service(LKJWT_DRAIN_S="0") as s:
+        wires = burst(s, stuck, 160)
+        s.wait_event("QUEUE_FULL", count=16)
+        full = answered(wires, 1)
+        assert len(full) == 16
+        for reply in full:
+            check_error(reply, 429, "M_LIMIT_EXCEEDED")
+            assert int(reply.header("Retry-After")) >= 1
+        assert len(stuck.asked()) == 16
+        check_granted(s.post("/sfu/get", rig.body("/sfu/get", rig.full)))
+        assert len(s.events("QUEUE_FULL")) == 16
+        for w in wires:
+            w.close()
+
+
+@pytest.mark.parametrize("env, most", [({"LKJWT_LOOKUPS_PER_SERVER": "3"}, 3), ({"LKJWT_LOOKUPS_MAX": "4"}, 2)],
+                         ids=["per server", "in all, half of it for strangers"])
+def test_lookups_are_bounded_as_configured(rig, stuck, env, most):
+    stuck.forget()
+    with rig.service(LKJWT_DRAIN_S="0", LKJWT_LOOKUP_TIMEOUT_S="2", **env) as s:
+        wires = burst(s, stuck, 10)
+        wait_for("lookups", lambda: len(stuck.asked()) >= most)
+        assert s.request("GET", "/healthz").status == 200
+        time.sleep(0.3)             # more would have come by now
+        assert len(stuck.asked()) == most
+        replies = [w.reply("POST") for w in wires]
+        assert {r.status for r in replies} <= {401, 429} and 401 in {r.status for r in replies}
+        check_granted(s.post("/sfu/get", rig.body("/sfu/get", rig.full)))
+
+
+def test_s23_strangers_leave_slots_for_listed(rig, pki):
+    """Eight servers that never answer would take 128 slots; strangers get 96, and the operator's own server its."""
+    stuck = []
+    try:
+        for n in range(8):
+            hs = Homeserver(f"127.0.1.{n + 1}", tls=pki.leaf(ips=[f"127.0.1.{n + 1}"]))
+            hs.on("/_matrix/federation/v1/openid/userinfo", Reply(raw=b"", hang=True))
+            stuck.append(hs)
+        with rig.service(LKJWT_DRAIN_S="0") as s:
+            wires = [w for n, hs in enumerate(stuck) for w in burst(s, hs, 20, 100 * n)]
+            wait_for("the strangers' share", lambda: sum(len(hs.asked()) for hs in stuck) >= 96)
+            for n in range(20):
+                check_granted(s.post("/get_token", rig.body("/get_token", rig.full), timeout=5))
+                assert s.request("GET", "/healthz", timeout=1).status == 200
+            assert sum(len(hs.asked()) for hs in stuck) == 96
+            assert all(len(hs.asked()) <= 16 for hs in stuck)
+            for w in wires:
+                w.close()
+    finally:
+        for hs in stuck:
+            hs.stop()
+
+
+def test_three_hundred_joins_at_once(rig):
+    """More than any pool of calls: all wait their turn and are served."""
+    rig.sfu.forget()
+    with rig.service() as s:
+        wires = []
+        for n in range(300):
+            w = s.wire()
+            path = ("/sfu/get", "/get_token")[n % 2]
+            body = json.dumps(rig.body(path, rig.full, room=f"!r{n % 7}:x")).encode()
+            w.send(f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            wires.append(w)
+        for _ in range(10):
+            assert s.request("GET", "/healthz", timeout=2).status == 200
+        for w in wires:
+            check_granted(w.reply("POST", 60))
+            w.close()
+        assert s.stop() == 0
+    assert {r["name"] for r in rig.sfu.rooms} and len(rig.sfu.rooms) <= 300
+
+
+# ---- the loop sleeps when there is nothing to do
+
+def cpu_seconds(s):
+    with open(f"/proc/{s.pid}/stat") as f:
+        fields = f.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_no_busy_loop(rig, stuck):
+    """Clients in every odd state, then two seconds in which nothing happens."""
+    stuck.forget()
+    with rig.service(LKJWT_DRAIN_S="0") as s:
+        held = [s.wire() for _ in range(20)]
+        for n, w in enumerate(held):
+            if n % 4 == 0:
+                w.send(GET[:20])
+            elif n % 4 == 1:
+                w.send(GET)
+            elif n % 4 == 2:
+                w.send(b"POST /get_token HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{")
+        gone = burst(s, stuck, 20)
+        wait_for("lookups", lambda: len(stuck.asked()) == 16)
+        for n, w in enumerate(gone):
+            if n % 3 == 0:
+                w.sock.shutdown(socket.SHUT_WR)
+            elif n % 3 == 1:
+                w.close()
+            else:
+                w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                w.close()
+        reader = s.wire(rcvbuf=4096)
+        reader.sock.settimeout(1)
+        with pytest.raises(TimeoutError):
+            while True:
+                reader.send(GET * 100)
+        before = cpu_seconds(s)
+        time.sleep(2)
+        assert cpu_seconds(s) - before < 0.5
+        assert s.request("GET", "/healthz").status == 200
+        for w in held + gone + [reader]:
+            w.close()
+
+
+# ---- buffers
+
+@pytest.mark.parametrize("form", ["length", "chunked small", "chunked large"])
+def test_bodies_around_the_small_buffer(svc, rig, form):
+    """Where a body moves from beside the head into a buffer of its own, and what follows it stays found."""
+    body = json.dumps(rig.body("/sfu/get", rig.other)).encode()
+    with svc.wire() as w:
+        for size in [*range(9900, 10300, 7), *range(10236, 10246), 20000, 32768, 65535, 65536]:
+            text = body + b" " * (size - len(body))
+            if form == "length":
+                data = b"Content-Length: %d\r\n\r\n" % size + text
+            else:
+                step = 1021 if form == "chunked small" else 40000
+                data = b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(
+                    b"%x\r\n" % len(text[i:i + step]) + text[i:i + step] + b"\r\n" for i in range(0, size, step)) + b"0\r\n\r\n"
+            w.send(b"POST /sfu/get HTTP/1.1\r\nHost: h\r\n" + data + GET + GET)
+            check_granted(w.reply("POST"))
+            assert [w.reply().status, w.reply().status] == [200, 200], size
+
+
+def test_random_segments(svc, rig):
+    """One stream of requests, cut anywhere: always the same answers."""
+    rnd = random.Random(26)
+    stream, want = b"", []
+    for n in range(24):
+        kind = n % 4
+        if kind == 0:
+            body = json.dumps(rig.body("/sfu/get", rig.other)).encode() + b" " * rnd.choice([0, 500, 9000, 12000, 40000])
+            stream += b"POST /sfu/get HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            want.append(200)
+        elif kind == 1:
+            body = b"x" * rnd.choice([1, 300, 9990, 30000])
+            step = rnd.choice([1, 100, 5000]) if len(body) < 1000 else rnd.choice([700, 5000])
+            stream += b"POST /get_token HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+                b"%x;e=f\r\n" % len(body[i:i + step]) + body[i:i + step] + b"\r\n"
+                for i in range(0, len(body), step)) + b"0\r\nT: u\r\n\r\n"
+            want.append(400)
+        elif kind == 2:
+            stream += b"GET /nothing HTTP/1.1\r\nHost: h\r\nX: " + b"y" * rnd.randrange(4000) + b"\r\n\r\n"
+            want.append(404)
+        else:
+            stream += b"PUT /sfu/get HTTP/1.1\r\nHost: h\r\nContent-Length: 11\r\n\r\nhello world"
+            want.append(405)
+    for _ in range(12):
+        with svc.wire() as w:
+            at = 0
+
+            def feed():
+                nonlocal at
+                while at < len(stream):
+                    n = rnd.choice([1, 2, 3, 17, 100, 1460, 4096, 10240, 10241, 30000])
+                    w.send(stream[at:at + n])
+                    at += n
+            t = threading.Thread(target=feed)
+            t.start()
+            assert [w.reply().status for _ in want] == want
+            t.join(DEADLINE)
+            assert is_open(w)
+
+
+def test_metrics_listener_is_not_for_sitting_in(rig):
+    """Scrapers that keep connections open leave room for the next one."""
+    bind = f"127.0.0.1:{free_port()}"
+    with rig.service(LKJWT_METRICS_BIND=bind) as s:
+        sitting = []
+        for n in range(10):
+            w = Wire(dial(bind))
+            if n % 2:
+                w.send(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
+                assert w.reply().status == 200
+            sitting.append(w)
+        assert s.metrics()
+        for w in sitting:
+            w.close()
+
+
+def test_log_flood_is_bounded_and_counted(rig):
+    """At most 500 lines of one event a second; what is left out is told."""
+    empty = b"POST /get_token HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+    with rig.service(LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
+        with s.wire() as w:
+            w.sock.settimeout(DEADLINE)
+
+            def feed():
+                w.send(empty * 3000)
+            t = threading.Thread(target=feed)
+            t.start()
+            for _ in range(3000):
+                assert w.reply("POST").status == 400
+            t.join(DEADLINE)
+        time.sleep(1.1)             # the next second has lines again
+        assert s.post("/get_token", "").status == 400
+        assert s.metrics()['lkjwt_events_total{event="JSON_SYNTAX"}'] == 3001
+        assert s.stop() == 0
+        lines = s.events("JSON_SYNTAX")
+        per_second = {}
+        for line in lines:
+            second = line["ts"][:19]
+            per_second[second] = per_second.get(second, 0) + 1
+        assert max(per_second.values()) <= 500
+        assert len(lines) + sum(int(line.get("suppressed", 0)) for line in lines) == 3001

@@ -512,12 +512,20 @@ def test_stderr_closed(rig):
 
 # ---- the image: an empty root, uid 1000, no capability, read-only, PID 1
 
-def boxed(env):
+def box(name):
     """bubblewrap: nothing in the root but the binary, in a pid namespace of its own."""
-    argv = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--unshare-pid",
-            "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--ro-bind", BIN, "/lk-jwt-service", "--remount-ro", "/",
-            "--die-with-parent", "/lk-jwt-service"]
-    return Service({**env, "PATH": "/usr/bin:/bin"}, argv=argv)
+    return ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--unshare-pid",
+            "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--ro-bind", BIN, name, "--remount-ro", "/",
+            "--die-with-parent", name]
+
+
+def boxed(env):
+    return Service({**env, "PATH": "/usr/bin:/bin"}, argv=box("/lk-jwt-service"))
+
+
+def boxed_probe(env):
+    """The image's health check, in a root as empty; the network is the container's."""
+    return subprocess.run(box("/lk-jwt-service-healthcheck"), env={**env, "PATH": "/usr/bin:/bin"}, timeout=10).returncode
 
 
 def inner_pid(s):
@@ -533,7 +541,7 @@ def test_empty_read_only_root_without_rights(rig):
         plain.sub = "@a:boxed.example.org"
         env = base_env(LIVEKIT_FULL_ACCESS_HOMESERVERS="boxed.example.org", LKJWT_LIVEKIT_API_URL=rig.sfu.url,
                        LKJWT_FEDERATION_API_URL_OVERRIDES=f"boxed.example.org={plain.url}", LIVEKIT_URL="wss://sfu.example.org/",
-                       LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}")
+                       LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}", LIVEKIT_JWT_BIND=f":{free_port()}")
         with boxed(env) as s:
             pid = inner_pid(s)
             status = dict(line.split(":\t", 1) for line in open(f"/proc/{pid}/status").read().splitlines() if ":\t" in line)
@@ -546,9 +554,11 @@ def test_empty_read_only_root_without_rights(rig):
             # The set built in is what a scratch image has.
             assert int(s.wait_event("ANCHORS")["count"]) >= 100
             assert s.metrics()
+            assert boxed_probe(env) == 0
             # PID 1 has no default actions: only a handler makes it go.
             os.kill(pid, signal.SIGTERM)
             assert s.wait() == 0
+        assert boxed_probe(env) == 1
 
 
 def test_pid_1_stops_on_sigint_and_survives_hup(rig):

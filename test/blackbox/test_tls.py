@@ -189,6 +189,13 @@ def test_tls_1_3_only_is_named(make, events, svc):
         assert f"{HOST}:{s.port}" == line["addr"]
 
 
+@pytest.mark.parametrize("verify", ["optional", "optional_no_ca"])
+def test_server_that_would_like_a_client_certificate(verify, svc):
+    extra = f"ssl_verify_client {verify}; ssl_client_certificate {pki().ca_file};"
+    with NginxServer(pki().leaf([NAME]), NAME, extra=extra) as ngx:
+        Exchange(svc, f"{NAME}:{ngx.port}").granted()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
 def test_old_versions_are_refused(version, svc):
@@ -517,8 +524,10 @@ def test_s21_mutated_certificates(dns):
     rng = random.Random(21)
     shown = 0
     with lkjwt(dns) as svc:
-        for i in range(400):
-            leaf = plain(pki())
+        # half of them with the two extensions that are judged here instead of by the library
+        strict = pki().ca("strict", permitted=dns_trees("test"))
+        for i in range(500):
+            leaf = pki().leaf([NAME], issuer=strict, eku_critical=True) if i % 4 > 1 else plain(pki())
             chain = [leaf, leaf.issuer]
             which_one = i % 2
             der = bytearray(chain[which_one].der)
@@ -531,7 +540,7 @@ def test_s21_mutated_certificates(dns):
                 continue            # OpenSSL cannot even show this one
             with hs:
                 e = Exchange(svc, f"{NAME}:{hs.port}")
-                assert e.reply.status == 401, f"certificate {which_one}, byte {at}: {bytes(der).hex()}"
+                assert e.reply.status == 401, f"certificate {which_one} of {i}, byte {at}: {bytes(der).hex()}"
                 e.refused()
                 shown += 1
     assert shown > 100

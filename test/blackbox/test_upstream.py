@@ -5,13 +5,14 @@ has the same over TLS. Whatever goes wrong is the one 401, or for the SFU the on
 """
 import json
 import random
+import select
 import time
 
 import pytest
 
-from outbound import Exchange, FULL, by_token, claims_of, lkjwt, pki
+from outbound import Exchange, FULL, by_token, claims_of, lkjwt, pki, pub, PUB, token_for
 from peers import (BlackHole, CREATE_ROOM, Dns, Homeserver, RawServer, Reply, SUB_PATH, Sfu, chunked, free_port,
-                   protobuf_encode)
+                   protobuf_encode, wait_for)
 from service import CANARY_KEY, CANARY_SECRET
 
 NAME = "u.test"
@@ -317,6 +318,52 @@ def test_slow_homeserver_is_given_up(talk, hs):
             f"slow.test=http://{slow.netloc},{NAME}={hs.url}")) as svc:
         Exchange(svc, "slow.test").refused("http", event="HS_TIMEOUT", addr=slow.netloc)
         Exchange(svc, NAME).granted()
+
+
+def flood(svc, servers):
+    """Send one exchange per name and wait for none; the sockets."""
+    out = []
+    for i, server in enumerate(servers):
+        body = json.dumps({"room": "!r:x", "device_id": "D", "openid_token": {
+            "access_token": token_for(server, f"u{i}"), "matrix_server_name": server}})
+        w = svc.wire(60)
+        w.send(f"POST /sfu/get HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        out.append(w)
+    return out
+
+
+def answered(wires):
+    """Those of the sockets that have a reply by now."""
+    ready = select.select([w.sock for w in wires], [], [], 0)[0]
+    return [w for w in wires if w.sock in ready]
+
+
+def test_s23_stalled_strangers_take_no_more_than_their_share(hs):
+    """200 exchanges at one stranger that never answers: 16 are tried, 128 wait, the rest is told to come back
+    later. 96 slots are all that strangers get: homeservers that the operator named are served as before."""
+    pub(80)
+
+    def swallow(conn, number):
+        while conn.recv(65536):
+            pass
+    with RawServer(swallow, PUB % 80) as stalled, \
+            Dns("".join(f"s{i}.stall.test. A {PUB % 80}\n" for i in range(8))) as dns, \
+            lkjwt(dns, LKJWT_FEDERATION_API_URL_OVERRIDES=f"{NAME}={hs.url}", LKJWT_DRAIN_S="1") as svc:
+        one = flood(svc, [f"s0.stall.test:{stalled.port}"] * 200)
+        full = wait_for("the refusals", lambda: len(answered(one)) >= 56 and answered(one))
+        assert len(stalled.open) <= 16
+        for w in full[:56]:
+            r = w.reply("POST")
+            assert (r.status, r.errcode) == (429, "M_LIMIT_EXCEEDED") and int(r.header("Retry-After")) > 0
+        assert svc.events("QUEUE_FULL")
+        more = flood(svc, [f"s{i}.stall.test:{stalled.port}" for i in range(1, 8) for _ in range(20)])
+        for _ in range(20):
+            Exchange(svc, NAME).granted()
+            assert svc.request("GET", "/healthz").status == 200
+            assert len(stalled.open) <= 96
+        assert len(stalled.open) > 16
+        for w in one + more:
+            w.close()
 
 
 @pytest.mark.parametrize("url, step", [

@@ -4,6 +4,8 @@ none of it reaches the network."""
 import copy
 import gzip
 import json
+import random
+import re
 
 import pytest
 
@@ -393,3 +395,113 @@ def test_token_with_control_byte(svc, silent, path, char, where):
     token = {"start": char + CANARY_TOKEN, "middle": CANARY_TOKEN[:9] + char + CANARY_TOKEN[9:],
              "end": CANARY_TOKEN + char}[where]
     check_error(svc.post(path, make_body(path, silent, token=token)), 401, "M_UNAUTHORIZED", UNAUTHORIZED)
+
+
+# ---- a second reader: Python's json, held to the same rules
+
+SCHEMA = {"room": str, "openid_token": {"access_token": str, "matrix_server_name": str, "token_type": str,
+                                        "expires_in": int},
+          "device_id": str, "delay_id": str, "delay_timeout": int, "delay_cs_api_url": None, "remove_me_user_id": None}
+
+
+def judged(text):
+    """The errcode that PROTOCOL.md 3 and 4 give a /sfu/get body whose server name is never valid."""
+    def pairs(items):
+        if len(dict(items)) != len(items):
+            raise ValueError("key twice")
+        return dict(items)
+
+    def number(kind):
+        def read(literal):
+            if sum(c.isdigit() for c in literal) > 20:
+                raise ValueError("too many digits")
+            return kind(literal)
+        return read
+
+    def constant(_):
+        raise ValueError("NaN or Infinity")
+
+    def depth(v):
+        inner = v.values() if isinstance(v, dict) else v if isinstance(v, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    def fits(obj, schema):
+        for key, value in obj.items():
+            want = schema[key]          # KeyError: unknown
+            if value is None or want is None:
+                continue
+            if isinstance(want, dict):
+                if type(value) is not dict:
+                    raise ValueError("type")
+                fits(value, want)
+            elif type(value) is not want:
+                raise ValueError("type")
+    try:
+        text = text.decode("utf-8").strip(" \t\r\n")
+        if text[:1] not in ("{", "n"):
+            raise ValueError("not an object")
+        obj = json.loads(text, object_pairs_hook=pairs, parse_int=number(int), parse_float=number(float),
+                         parse_constant=constant)
+        json.dumps(obj, ensure_ascii=False).encode()        # lone surrogates
+        obj = obj or {}
+        if depth(obj) > 16:
+            raise ValueError("too deep")
+        fits(obj, SCHEMA)
+        openid = obj.get("openid_token") or {}
+        if not -INT64 <= (openid.get("expires_in") or 0) < INT64:
+            raise ValueError("expires_in")
+    except (ValueError, KeyError, RecursionError):
+        return "M_NOT_JSON"
+    for value, cap in ((obj.get("room"), 255), (openid.get("access_token"), 4096),
+                       (openid.get("matrix_server_name"), 512)):
+        if not value or len(value.encode()) > cap:
+            return "M_BAD_JSON"
+    ident, timeout = obj.get("delay_id"), obj.get("delay_timeout")
+    if len((obj.get("device_id") or "").encode()) > 512:
+        return "M_BAD_JSON"
+    if ident or timeout:
+        if not ident or not re.fullmatch(r"[0-9A-Za-z._~-]{1,255}", ident) or ident in (".", ".."):
+            return "M_BAD_JSON"
+        if not timeout or not 0 < timeout < INT64:
+            return "M_BAD_JSON"
+    return "M_UNAUTHORIZED"
+
+
+BITS = [b'"', b"\\", b"\\u", b"\\ud800", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"0", b"-", b"e", b".",
+        b" ", b"\n", b"\0", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"room", b'"room":""', b"1" * 19, b"9" * 21,
+        b"\x1f", b"\x7f", b"[[" * 9, b'""', b"\xef\xbb\xbf", b"-0", b"1E5", b"/"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_bodies_are_read_as_a_second_reader_reads_them(svc, seed):
+    rnd = random.Random(seed)
+    body = make_body("/sfu/get", "a_b", token="té\u1234", device="D\U0001f600", delay_id="syd_x", delay_timeout=18000,
+                     delay_cs_api_url=[1.5e3, {"a": None, "b": [True, False, '\\"\n']}], remove_me_user_id=-0.0)
+    seeds = [json.dumps(body, ensure_ascii=e).encode() for e in (False, True)]
+    texts = []
+    for _ in range(1500):
+        text = bytearray(rnd.choice(seeds))
+        for _ in range(rnd.choice([0, 1, 1, 1, 2, 2, 3, 5])):
+            at, op = rnd.randrange(len(text)), rnd.randrange(5)
+            if op == 0:
+                text[at:at] = rnd.choice(BITS)
+            elif op == 1:
+                del text[at:at + rnd.randint(1, 6)]
+            elif op == 2:
+                text[at] = rnd.randrange(256)
+            elif op == 3:
+                text[at:at + 1] = rnd.choice(BITS)
+            else:
+                other = rnd.randrange(len(text))
+                text[at:at] = text[other:other + rnd.randint(1, 40)]
+        texts.append(bytes(text))
+    seen = set()
+    with svc.wire() as w:
+        for i in range(0, len(texts), 50):
+            part = texts[i:i + 50]
+            w.send(b"".join(b"POST /sfu/get HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(t) + t for t in part))
+            for text in part:
+                errcode = w.reply("POST").errcode
+                assert errcode == judged(text), text
+                seen.add(errcode)
+    assert seen == {"M_NOT_JSON", "M_BAD_JSON", "M_UNAUTHORIZED"}
