@@ -9292,7 +9292,8 @@ static void main_nofile(void)
 {
     struct { uint64_t soft, hard; } lim;
     uint64_t fixed = LIM_LANE_CNT + LIM_METRICS_CNT + LIM_CHAN_CNT
-        + LIM_QUERY_CNT + LIM_UP_CNT + 32, need = fixed + (uint64_t)cfg.max_conns;
+        + LIM_QUERY_CNT + LIM_UP_CNT + 32;
+    uint64_t need = fixed + (uint64_t)cfg.max_conns;
     char text[96];
     if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
         return;

@@ -66,6 +66,9 @@ static const char *name_of(const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(out, sizeof text[0], fmt, ap);
     va_end(ap);
+    for (char *p = out; *p; p++)
+        if ((unsigned char)*p < 0x20 || *p == 0x7f)
+            *p = '?';
     return out;
 }
 
