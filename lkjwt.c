@@ -155,6 +155,8 @@ enum {
     LIM_SCRATCH_LEN  = 65536,  /* one reply or request under construction */
     LIM_BIG_CNT      = 64,     /* buffers for what outgrows the small ones */
     LIM_BIG_LEN      = 65536,
+    LIM_HUGE_CNT     = 4,      /* buffers for webhook bodies that outgrow */
+    LIM_HUGE_LEN     = 262144, /* the small ones; also their limit */
     LIM_BODY_LEN     = 65536,  /* request body; LKJWT_MAX_BODY */
     LIM_EXT_LEN      = 256,    /* chunk extension */
     LIM_OVERHEAD_LEN = 16384,  /* chunk framing of one body */
@@ -179,6 +181,7 @@ enum {
     LIM_ID_LEN     = 255,      /* room and user ids, delay ids */
     LIM_OTHER_LEN  = 512,      /* slot, device, member ids, server names */
     LIM_TOKEN_LEN  = 4096,     /* OpenID tokens are opaque and < 100 */
+    LIM_DELAY_MIN_MS = 1000,
     LIM_DELAY_MAX_MS = 86400000,
 
     /* outbound */
@@ -191,7 +194,9 @@ enum {
     LIM_WAIT_STRANGER = 1024,  /* waiting for a slot, all strangers */
     LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
     LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
-    LIM_CHAN_CNT     = 320,    /* connections: calls and kept idle ones */
+    LIM_JOBCALL_CNT  = 64,     /* calls of delegated leaves, their own */
+    LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_JOBCALL_CNT,
+    LIM_CHAN_CNT     = 384,    /* connections: calls and kept idle ones */
     LIM_IDLE_CNT     = 128,    /* kept idle connections */
     LIM_HS_CNT       = 8,      /* TLS handshakes at once */
     LIM_HS_DEST      = 3,      /* of them per destination; strangers 2 */
@@ -218,6 +223,28 @@ enum {
     LIM_RESOLUTION_MS = 50,    /* RFC 8305 section 3 */
     LIM_RETRY_MS   = 200,      /* before CreateRoom is repeated */
     LIM_KEPT_MS    = 60000,    /* idle connection to a peer */
+
+    /* delegated leaves */
+    LIM_JOB_CNT      = 10000,  /* jobs; LKJWT_JOBS_MAX */
+    LIM_JOB_USER     = 16,     /* of one user; LKJWT_JOBS_PER_USER */
+    LIM_JOB_SERVER   = 500,    /* of one server under the lone `*` */
+    LIM_JOB_ID_LEN   = 256,    /* identity; LiveKit's own limit */
+    LIM_SID_LEN      = 64,
+    LIM_ROOM_HASH    = 4096,   /* chains of jobs by room */
+    LIM_API_CNT      = 1024,   /* client-server APIs known */
+    LIM_API_CALLS    = 8,      /* calls at one of them at once */
+    LIM_SEEN_CNT     = 4096,   /* webhooks remembered, 4-way */
+    LIM_SEEN_MS      = 600000,
+    LIM_WAIT_MS      = 3600000,    /* for a participant to connect */
+    LIM_DELAYED_MS   = 5000,   /* one attempt to restart or send */
+    LIM_BACKOFF_MIN_MS = 1000,
+    LIM_BACKOFF_MAX_MS = 60000,
+    LIM_SEND_MAX_MS  = 3600000,
+    LIM_ABSENT_MS    = 20000,  /* between two confirmed absences */
+    LIM_RESTART_MIN_MS = 800,
+    LIM_API_OK_MS    = 14400000,   /* a client-server API is remembered */
+    LIM_API_BAD_MS   = 60000,
+    LIM_SILENCE_MS   = 600000, /* connected, and no webhook: told */
 
     /* certificates */
     LIM_CHAIN_CNT  = 8,        /* certificates taken from a peer */
@@ -318,8 +345,11 @@ enum {
     X(FIELD_BAD,      1409, 'i', "malformed member") \
     X(DELEGATION_RESTRICTED, 1410, 'i', \
       "delegation asked by a restricted user") \
-    X(DELEGATION_OFF, 1411, 'i', \
-      "delegated leave is not served; the client repeats without it") \
+    X(JOBS_FULL,      1411, 'w', "no room for another delegated leave") \
+    X(JOBS_USER,      1412, 'i', "user has too many delegated leaves") \
+    X(API_UNKNOWN,    1413, 'w', \
+      "client-server API of the homeserver cannot be found") \
+    X(STOP_REFUSED,   1414, 'i', "delegation refused: stopping") \
     X(QUEUE_FULL,     1501, 'w', \
       "too many requests wait for this homeserver") \
     X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
@@ -374,6 +404,22 @@ enum {
     X(ROOM_CREATED,   2601, 'd', "room ready on the SFU") \
     X(SFU_REFUSED,    2602, 'e', "SFU refused the call") \
     X(SFU_AUTH,       2603, 'e', "SFU rejects our API key or secret") \
+    X(WEBHOOK_BAD,    3001, 'w', "webhook refused") \
+    X(WEBHOOK_DUPLICATE, 3002, 'd', "webhook seen before") \
+    X(WEBHOOK,        3003, 'd', "webhook accepted") \
+    X(NO_WEBHOOK,     3004, 'w', \
+      "participants are connected, but the SFU sends no webhook: check its " \
+      "webhook urls and api_key") \
+    X(JOB_NEW,        3101, 'i', "delegated leave accepted") \
+    X(JOB_REPLACED,   3102, 'd', "replaced by a newer delegation") \
+    X(JOB_CONNECTED,  3103, 'd', "participant is connected") \
+    X(JOB_RESTARTED,  3104, 'd', "delayed event restarted") \
+    X(JOB_LEAVING,    3105, 'd', "participant is gone") \
+    X(JOB_SENT,       3106, 'i', "delayed event sent") \
+    X(JOB_ENDED,      3107, 'i', "delegated leave ended") \
+    X(DELAYED_EVENT_FAILED, 3108, 'w', \
+      "homeserver did not restart or send the delayed event") \
+    X(PRESENCE_UNKNOWN, 3109, 'd', "presence on the SFU unknown") \
     X(BUG_OVERFLOW,   9001, 'e', "reply did not fit its buffer") \
     X(BUG_MUST,       9002, 'e', "internal invariant broken")
 
@@ -407,8 +453,16 @@ static const struct event_row {
     X(RESTRICTED,   400, "M_BAD_JSON", \
       "Delegation of delayed events is only supported for full access " \
       "users") \
+    X(FORBIDDEN,    403, "M_FORBIDDEN", \
+      "Delegation of delayed events is only supported for full access " \
+      "users") \
+    X(NO_API,       400, "M_BAD_JSON", \
+      "Unable to resolve client-server API") \
     X(NO_DELEGATION, 400, "M_BAD_JSON", \
-      "Delegation of delayed events is not available") \
+      "Too many delegated delayed events") \
+    X(USER_LIMIT,   403, "M_USER_LIMIT_EXCEEDED", \
+      "Too many delegated delayed events") \
+    X(STOPPING,     503, "M_UNKNOWN",        "Service is shutting down") \
     X(SFU,          500, "M_UNKNOWN",        "Unable to create room on SFU") \
     X(BUSY,         503, "M_UNKNOWN",        "Too many connections") \
     X(INTERNAL,     500, "M_UNKNOWN",        "Internal Server Error")
@@ -458,7 +512,10 @@ struct url {
 };
 
 /* JSON members: what they must be and where they go. */
-enum js_type { JS_ANY, JS_STRING, JS_INT, JS_OBJECT };
+enum js_type { JS_ANY, JS_STRING, JS_INT, JS_OBJECT,
+    JS_TEXT,                 /* a string, or a number's text */
+    JS_SECONDS,              /* a number, fraction dropped; no exponent */
+    JS_FLAG };               /* true or false, to a bool */
 struct js_int { int64_t v; bool is_set, over; };
 struct js_table;
 struct js_field {
@@ -489,7 +546,8 @@ enum class { CLASS_STRANGER, CLASS_LISTED, CLASS_OPERATOR };
 
 /* Kinds of objects that the loop drives; rows of dispatch_tab. */
 enum kind { KIND_LISTEN, KIND_CONN, KIND_EXCHANGE, KIND_LOOKUP, KIND_UP,
-    KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_SIGNAL, KIND_CNT };
+    KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_JOB, KIND_API, KIND_SIGNAL,
+    KIND_CNT };
 
 struct trust {
     enum class class;
@@ -526,7 +584,7 @@ struct resolv {
 struct cfg {
     sl livekit_url;
     struct base api;                 /* Twirp */
-    struct { sl name; br_hmac_key_context sec_key; } key[LIM_KEY_CNT];
+    struct api_key key[LIM_KEY_CNT];
     size_t key_cnt;
     sl full_access[LIM_LIST_CNT];
     size_t full_access_cnt;
@@ -548,7 +606,7 @@ struct cfg {
     bool has_resolver;
     int64_t token_ttl_s, max_body, max_conns, keepalive_ms, lookup_ms;
     int64_t lookups_max, lookups_per_server, lame_duck_ms, drain_ms;
-    int64_t sanity_s;
+    int64_t sanity_s, jobs_max, jobs_per_user;
 };
 
 /* ==== 05 BYTES ===================== PART I: PURE =====================
@@ -721,6 +779,15 @@ static void hash_parts(const sl *parts, size_t cnt, uint8_t out[32])
     br_sha256_out(&c, out);
 }
 
+/* Equality of n bytes in time that tells nothing of where they differ. */
+static bool ct_eq(const uint8_t *a, const uint8_t *b, size_t n)
+{
+    uint8_t diff = 0;
+    for (size_t i = 0; i < n; i++)
+        diff |= a[i] ^ b[i];
+    return diff == 0;
+}
+
 /* Overwrite a secret; the barrier keeps the compiler from dropping it. */
 static void wipe(void *p, size_t len)
 {
@@ -756,18 +823,19 @@ static void b64_put(struct bb *b, const char *alphabet, sl s)
     }
 }
 
-/* Value of one standard base64 character, 64 if it is none. */
-static uint32_t b64_value(uint8_t c)
+/* Value of one base64 character of either alphabet, 64 if it is none. */
+static uint32_t b64_value(uint8_t c, bool url)
 {
     return c >= 'A' && c <= 'Z' ? c - 'A' + 0U
         : c >= 'a' && c <= 'z' ? c - 'a' + 26U
         : c >= '0' && c <= '9' ? c - '0' + 52U
-        : c == '+' ? 62U : c == '/' ? 63U : 64U;
+        : c == (url ? '-' : '+') ? 62U : c == (url ? '_' : '/') ? 63U : 64U;
 }
 
-/* Decode standard base64 without blanks. Padding is required when `padded`
- * and refused otherwise; unused bits must be zero, so each value has one
- * spelling. Returns the byte count or -1; needs text_raw.len/4*3 room. */
+/* Decode base64 without blanks: the standard alphabet with its padding, or
+ * the URL one without. Unused bits must be zero, so each value has one
+ * spelling. Returns the byte count or -1; needs text_raw.len/4*3 room; out
+ * may be text_raw.p. */
 MUST_USE static int b64_parse(sl text_raw, bool padded, uint8_t *out)
 {
     size_t n = text_raw.len, got = 0;
@@ -781,7 +849,7 @@ MUST_USE static int b64_parse(sl text_raw, bool padded, uint8_t *out)
         return -1;
     uint32_t acc = 0;
     for (size_t i = 0; i < n; i++) {
-        uint32_t v = b64_value(text_raw.p[i]);
+        uint32_t v = b64_value(text_raw.p[i], !padded);
         if (v > 63)
             return -1;
         acc = acc << 6 | v;
@@ -1139,7 +1207,7 @@ MUST_USE static bool url_parse(sl s_raw, struct url *out)
  * Purpose  Read one JSON object (RFC 8259) into a struct by a table of its
  *          members; write strings.
  * Trust    None: text from clients and peers.
- * Limits   LIM_JS_DEPTH, LIM_JS_CNT, LIM_DIGIT_CNT; texts of 64 KB.
+ * Limits   LIM_JS_DEPTH, LIM_JS_CNT, LIM_DIGIT_CNT; LIM_HUGE_LEN.
  * INV-J1   A text has one reading: no duplicate member, nothing before or
  *          behind the value, no sloppy number or string.
  * Refuses  BOM, lone surrogates, invalid UTF-8, raw control bytes.
@@ -1154,7 +1222,7 @@ struct js {
     unsigned depth;
     unsigned value_cnt;
     size_t key_cnt;                 /* keys of all open objects */
-    struct { uint32_t hash; uint16_t off, len; } key[LIM_JS_CNT];
+    struct { uint32_t hash, off : 18, len : 14; } key[LIM_JS_CNT];
 };
 
 static void js_blank(struct js *j)
@@ -1340,11 +1408,11 @@ MUST_USE static int js_key(struct js *j, size_t first, sl *key)
         if (j->key[i].hash == h
             && sl_eq((sl){ j->p + j->key[i].off, j->key[i].len }, *key))
             return -EV_JSON_DUPLICATE;
-    if (j->key_cnt == LIM_JS_CNT)
+    if (j->key_cnt == LIM_JS_CNT || key->len >= 1U << 14)
         return -EV_JSON_LIMIT;
     j->key[j->key_cnt].hash = h;
-    j->key[j->key_cnt].off = (uint16_t)(key->p - j->p);
-    j->key[j->key_cnt++].len = (uint16_t)key->len;
+    j->key[j->key_cnt].off = (uint32_t)(key->p - j->p) & 0x3ffff;
+    j->key[j->key_cnt++].len = key->len & 0x3fff;
     js_blank(j);
     if (!js_take(j, ':'))
         return -EV_JSON_SYNTAX;
@@ -1410,6 +1478,29 @@ MUST_USE static int js_array(struct js *j)
     return 0;
 }
 
+/* Put a number where f wants it. Returns 0 or -EV_JSON_TYPE. */
+MUST_USE static int js_store_number(const struct js_field *f, void *base,
+    sl text, bool is_int)
+{
+    enum js_type want = f ? f->type : JS_ANY;
+    void *to = (uint8_t *)base + (f ? f->offset : 0);
+    if (want == JS_TEXT) {
+        *(sl *)to = text;
+        return 0;
+    }
+    if (want == JS_SECONDS && !is_int && sl_find(text, '.') < text.len
+        && sl_find(text, 'e') == text.len && sl_find(text, 'E') == text.len) {
+        text.len = sl_find(text, '.');
+        is_int = true;
+    }
+    if (want == JS_ANY)
+        return 0;
+    if ((want != JS_INT && want != JS_SECONDS) || !is_int)
+        return -EV_JSON_TYPE;
+    *(struct js_int *)to = js_int_from(text);
+    return 0;
+}
+
 /* Read one value. f says what it must be and where it goes; NULL or JS_ANY
  * takes and drops anything. null leaves the target unset. */
 MUST_USE static int js_value(struct js *j, const struct js_field *f,
@@ -1432,22 +1523,18 @@ MUST_USE static int js_value(struct js *j, const struct js_field *f,
         err = js_string(j, &text);
         if (err || want == JS_ANY)
             return err;
-        if (want != JS_STRING)
+        if (want != JS_STRING && want != JS_TEXT)
             return -EV_JSON_TYPE;
         *(sl *)(void *)((uint8_t *)base + f->offset) = text;
         return 0;
     }
     if (c == '-' || (c >= '0' && c <= '9')) {
         err = js_number(j, &text, &is_int);
-        if (err || want == JS_ANY)
-            return err;
-        if (want != JS_INT || !is_int)
-            return -EV_JSON_TYPE;
-        *(struct js_int *)(void *)((uint8_t *)base + f->offset)
-            = js_int_from(text);
-        return 0;
+        return err ? err : js_store_number(f, base, text, is_int);
     }
-    if (want != JS_ANY && (c == '[' || c == 't' || c == 'f'))
+    if (want == JS_FLAG && (c == 't' || c == 'f'))
+        *(bool *)((uint8_t *)base + f->offset) = c == 't';
+    else if (want != JS_ANY && (c == '[' || c == 't' || c == 'f'))
         return -EV_JSON_TYPE;
     if (c == '[')
         return js_array(j);
@@ -1464,7 +1551,7 @@ MUST_USE static int js_parse(uint8_t *text_raw, size_t len,
     const struct js_table *tab, void *base)
 {
     struct js j;
-    if (len > LIM_BIG_LEN)
+    if (len > LIM_HUGE_LEN)
         return -EV_JSON_LIMIT;
     j.p = text_raw;
     j.len = len;
@@ -1543,6 +1630,8 @@ static void js_put_str(struct bb *b, sl s, bool ascii)
     X(CONTENT_LENGTH, "content-length") \
     X(TRANSFER_ENCODING, "transfer-encoding") \
     X(EXPECT, "expect") \
+    X(AUTHORIZATION, "authorization") \
+    X(RETRY_AFTER, "retry-after") \
     X(REQUEST_ID, "x-request-id") \
     X(LOCATION, "location") \
     X(CACHE_CONTROL, "cache-control") \
@@ -2327,6 +2416,94 @@ static void jwt_put_service(struct bb *b, sl key, sl admin_room,
     bb_str(b, "}}");
 }
 
+/* One API key of the configuration. */
+struct api_key { sl name; br_hmac_key_context sec_key; };
+
+/* Read one JSON part of a token into base. work holds cap bytes. */
+MUST_USE static bool jwt_part(sl part_raw, uint8_t *work, size_t cap,
+    const struct js_table *tab, void *base)
+{
+    int n = part_raw.len / 4 * 3 + 3 > cap ? -1
+        : b64_parse(part_raw, false, work);
+    return n >= 0 && js_parse(work, (size_t)n, tab, base) == 0;
+}
+
+/* The name of the key that signed the two parts, empty: none. */
+static sl jwt_signer(sl signed_raw, sl mac_raw, const struct api_key *key,
+    size_t cnt)
+{
+    uint8_t mac[48], want[32];
+    sl none = { NULL, 0 };
+    if (mac_raw.len != 43 || b64_parse(mac_raw, false, mac) != 32)
+        return none;
+    for (size_t i = 0; i < cnt; i++) {
+        br_hmac_context h;
+        br_hmac_init(&h, &key[i].sec_key, 0);
+        br_hmac_update(&h, signed_raw.p, signed_raw.len);
+        br_hmac_out(&h, want);
+        if (ct_eq(mac, want, 32))
+            return key[i].name;
+    }
+    return none;
+}
+
+/* Judge the token of a webhook (PROTOCOL section 10): HS256 by one of our
+ * keys, its issuer, times with 60 s leeway, the body's hash. A join token
+ * shares the secret, but has no sha256 and has roomJoin.
+ * GRANTS: that the SFU said what the body says.
+ * Returns NULL, or what is wrong with it. */
+MUST_USE static const char *jwt_check_webhook(sl token_raw,
+    const uint8_t body_sum[32], const struct api_key *key, size_t cnt,
+    int64_t now_wall)
+{
+    struct { sl alg, iss, hash; bool crit, join; struct js_int exp, nbf; }
+        c = { .crit = false };
+#define AT(member) ((size_t)((uint8_t *)&c.member - (uint8_t *)&c))
+    const struct js_field head_field[] = {
+        { "alg", JS_STRING, AT(alg), NULL },
+        { "crit", JS_FLAG, AT(crit), NULL } };     /* any value refuses */
+    const struct js_field video_field[] = {
+        { "roomJoin", JS_FLAG, AT(join), NULL } };
+    const struct js_table head = { head_field, 2, false, false };
+    const struct js_table video = { video_field, 1, false, false };
+    const struct js_field claim_field[] = {
+        { "iss", JS_STRING, AT(iss), NULL },
+        { "sha256", JS_STRING, AT(hash), NULL },
+        { "exp", JS_SECONDS, AT(exp), NULL },
+        { "nbf", JS_SECONDS, AT(nbf), NULL },
+        { "video", JS_OBJECT, 0, &video } };
+    const struct js_table claims = { claim_field, 5, false, false };
+#undef AT
+    uint8_t work[3072], sum[36];
+    if (sl_starts(token_raw, SL("Bearer ")))
+        token_raw = sl_skip(token_raw, 7);
+    size_t a = sl_find(token_raw, '.');
+    sl rest = sl_skip(token_raw, a + 1);
+    size_t b = sl_find(rest, '.');
+    sl mac = sl_skip(rest, b + 1);
+    if (token_raw.len > 4096 || b == rest.len
+        || sl_find(mac, '.') < mac.len)
+        return "no token";
+    if (!jwt_part((sl){ token_raw.p, a }, work, sizeof work, &head, &c)
+        || c.crit || !sl_eq(c.alg, SL("HS256")))
+        return "token header";
+    sl signer = jwt_signer((sl){ token_raw.p, a + 1 + b }, mac, key, cnt);
+    if (signer.len == 0)
+        return "signature";
+    if (!jwt_part((sl){ rest.p, b }, work, sizeof work, &claims, &c))
+        return "claims";
+    if (!sl_eq(c.iss, signer))
+        return "issuer";
+    if ((c.exp.is_set && (c.exp.over || now_wall >= c.exp.v + 60))
+        || (c.nbf.is_set && (c.nbf.over || now_wall < c.nbf.v - 60)))
+        return "time";
+    if (c.join)
+        return "join token";
+    if (c.hash.len != 44 || b64_parse(c.hash, true, sum) != 32)
+        return "no body hash";
+    return ct_eq(sum, body_sum, 32) ? NULL : "body hash";
+}
+
 /* ==== 12 DER ======================= PART I: PURE =====================
  * Purpose  Certificates (RFC 5280): the checks that BearSSL's engine does
  *          not make; PEM; trust anchors and their packed form.
@@ -3010,6 +3187,72 @@ static void pb_participant(struct bb *b, sl alias, sl identity)
     bb_put(b, identity);
 }
 
+/* Read a protobuf varint. */
+MUST_USE static bool pb_varint(sl *rest_raw, uint64_t *out)
+{
+    *out = 0;
+    for (unsigned shift = 0; shift < 64 && rest_raw->len; shift += 7) {
+        uint8_t c = rest_raw->p[0];
+        *rest_raw = sl_skip(*rest_raw, 1);
+        *out |= (uint64_t)(c & 0x7f) << shift;
+        if (!(c & 0x80))
+            return true;
+    }
+    return false;
+}
+
+/* What we read of a ParticipantInfo. */
+struct participant { sl sid, identity; uint64_t state; };
+
+/* Read a ParticipantInfo: sid 1, identity 2, state 3; the rest is dropped.
+ * False if malformed. */
+MUST_USE static bool pb_participant_parse(sl rest_raw, struct participant *p)
+{
+    *p = (struct participant){ .state = 0 };
+    while (rest_raw.len) {
+        uint64_t key, v;
+        if (!pb_varint(&rest_raw, &key))
+            return false;
+        unsigned type = key & 7;
+        if (type == 0) {
+            if (!pb_varint(&rest_raw, &v))
+                return false;
+            if (key >> 3 == 3)
+                p->state = v;
+            continue;
+        }
+        if (type == 2 && !pb_varint(&rest_raw, &v))
+            return false;
+        if (type != 1 && type != 2 && type != 5)
+            return false;
+        v = type == 1 ? 8 : type == 5 ? 4 : v;
+        if (v > rest_raw.len)
+            return false;
+        if (key == (1 << 3 | 2))
+            p->sid = (sl){ rest_raw.p, (size_t)v };
+        else if (key == (2 << 3 | 2))
+            p->identity = (sl){ rest_raw.p, (size_t)v };
+        rest_raw = sl_skip(rest_raw, (size_t)v);
+    }
+    return true;
+}
+
+/* LiveKit's DisconnectReason by name or number; unknown ones are 0. */
+static unsigned disconnect_reason(sl text)
+{
+    static const char *const name[] = { "UNKNOWN_REASON", "CLIENT_INITIATED",
+        "DUPLICATE_IDENTITY", "SERVER_SHUTDOWN", "PARTICIPANT_REMOVED",
+        "ROOM_DELETED", "STATE_MISMATCH", "JOIN_FAILURE", "MIGRATION",
+        "SIGNAL_CLOSE", "ROOM_CLOSED" };
+    uint64_t v;
+    if (sl_u64(text, 255, &v))
+        return (unsigned)v;
+    for (unsigned i = 0; i < COUNT_OF(name); i++)
+        if (sl_eq(text, sl_str(name[i])))
+            return i;
+    return 0;
+}
+
 struct civil { int64_t year; unsigned month, day, hour, min, sec, weekday; };
 
 /* Gregorian calendar of a unix time; weekday 0 is Sunday. */
@@ -3107,6 +3350,22 @@ MUST_USE static bool http_date_parse(sl s_raw, int64_t *out)
     return false;
 }
 
+/* Milliseconds of a Retry-After field: seconds (negative is 0) or a date;
+ * -1: neither. */
+static int64_t retry_after_ms(sl v, int64_t now_wall)
+{
+    uint64_t n;
+    int64_t at;
+    if (sl_u64(v, 86400, &n))
+        return (int64_t)n * 1000;
+    if (sl_starts(v, SL("-")) && sl_u64(sl_skip(v, 1), INT64_MAX, &n))
+        return 0;
+    if (!http_date_parse(v, &at))
+        return -1;
+    return at <= now_wall ? 0 : at - now_wall > 86400 ? 86400000
+        : (at - now_wall) * 1000;
+}
+
 /* Seconds a reply may be cached: max-age, else Expires, else `other`.
  * no-store and no-cache count as 0; the caller clamps. */
 static int64_t cache_seconds(sl cache_control, sl expires, int64_t now_wall,
@@ -3184,12 +3443,14 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
 
 #define ROUTE_LABEL_TAB(X) \
     X(GET_TOKEN, "/get_token") X(SFU_GET, "/sfu/get") \
+    X(DELEGATE, "/delegate_delayed_leave") X(WEBHOOK, "/sfu_webhook") \
     X(HEALTHZ, "/healthz") X(METRICS, "/metrics") X(OTHER, "other")
 #define CODE_TAB(X) \
-    X(200) X(400) X(401) X(404) X(405) X(408) X(413) X(414) X(417) X(429) \
+    X(200) X(400) X(401) X(403) X(404) X(405) X(408) X(413) X(414) X(417) X(429) \
     X(431) X(500) X(501) X(503) X(505)
 #define TARGET_TAB(X) \
     X(WELL_KNOWN, "well_known") X(USERINFO, "userinfo") X(SFU, "sfu") \
+    X(CLIENT_API, "client_api") X(DELAYED_EVENT, "delayed_event") \
     X(DNS, "dns")
 #define GAUGE_TAB(X) \
     X(CONNECTIONS, "lkjwt_connections", "Client connections open.") \
@@ -3199,6 +3460,9 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(UPSTREAM, "lkjwt_upstream_calls", "Outbound calls in progress.") \
     X(IDLE, "lkjwt_upstream_idle_connections", \
       "Connections kept for reuse.") \
+    X(JOBS, "lkjwt_delayed_leaves", "Delegated leaves held.") \
+    X(CONNECTED, "lkjwt_delayed_leaves_connected", \
+      "Of them, participants connected.") \
     X(ANCHORS, "lkjwt_trust_anchors", "Trust anchors loaded.") \
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
@@ -3349,7 +3613,7 @@ static void met_put_requests(struct bb *b, const struct met *m)
         }
     met_head(b, "lkjwt_http_request_duration_seconds", "histogram",
         "From the complete head to the reply's last byte written.");
-    for (size_t r = 0; r <= RL_SFU_GET; r++)
+    for (size_t r = 0; r <= RL_WEBHOOK; r++)
         met_histogram(b, "lkjwt_http_request_duration_seconds", "route",
             route_label_tab[r], &m->request_time[r]);
 }
@@ -4823,13 +5087,23 @@ struct intake {
     uint8_t big;
     bool is_done;
 };
-static bool big_used[LIM_BIG_CNT];
+static bool big_used[LIM_BIG_CNT + LIM_HUGE_CNT];
 static uint8_t big_pool[LIM_BIG_CNT][LIM_BIG_LEN];
+static uint8_t huge_pool[LIM_HUGE_CNT][LIM_HUGE_LEN];
 
-/* Lowest free big buffer as index + 1, or 0. */
-static uint8_t big_take(void)
+/* The buffer of an index + 1: the big ones, then the huge ones. */
+static uint8_t *big_buf(uint8_t big)
 {
-    for (size_t i = 0; i < LIM_BIG_CNT; i++)
+    return big <= LIM_BIG_CNT ? big_pool[big - 1]
+        : huge_pool[big - 1 - LIM_BIG_CNT];
+}
+
+/* Lowest free buffer for len bytes as index + 1, or 0. */
+static uint8_t big_take(size_t len)
+{
+    size_t from = len > LIM_BIG_LEN ? LIM_BIG_CNT : 0;
+    size_t to = len > LIM_BIG_LEN ? LIM_BIG_CNT + LIM_HUGE_CNT : LIM_BIG_CNT;
+    for (size_t i = from; i < to; i++)
         if (!big_used[i]) {
             big_used[i] = true;
             return (uint8_t)(i + 1);
@@ -4885,7 +5159,7 @@ MUST_USE static int intake_take(struct intake *t, uint8_t *buf, size_t from,
             return n;
         if (data.len > t->limit - t->len)
             return -EV_BODY_LIMIT;
-        uint8_t *to = t->big ? big_pool[t->big - 1] : buf + from;
+        uint8_t *to = t->big ? big_buf(t->big) : buf + from;
         memmove(to + t->len, data.p, data.len);
         t->len += data.len;
         at += (size_t)n;
@@ -4895,17 +5169,17 @@ MUST_USE static int intake_take(struct intake *t, uint8_t *buf, size_t from,
     *len -= at - begin;
     if (t->is_done || t->big || *len < cap)
         return 0;
-    t->big = big_take();
+    t->big = big_take(t->limit);
     if (!t->big)
         return -EV_BODY_POOL;
-    memcpy(big_pool[t->big - 1], buf + from, t->len);
+    memcpy(big_buf(t->big), buf + from, t->len);
     *len = from;
     return 0;
 }
 
 static uint8_t *intake_body(const struct intake *t, uint8_t *buf, size_t from)
 {
-    return t->big ? big_pool[t->big - 1] : buf + from;
+    return t->big ? big_buf(t->big) : buf + from;
 }
 
 /* What a call is: set by its owner, unchanged afterwards. */
@@ -4949,8 +5223,8 @@ struct up {
     unsigned interim_cnt;
     struct intake intake;
 };
-static struct up up_pool[LIM_UP_CNT + LIM_SFU_CNT];
-static uint8_t up_in[LIM_UP_CNT + LIM_SFU_CNT][LIM_REPLY_IN];
+static struct up up_pool[LIM_UP_ALL];
+static uint8_t up_in[LIM_UP_ALL][LIM_REPLY_IN];
 
 static void lookup_wake_srv(void);
 
@@ -6503,12 +6777,12 @@ static void conn_send(struct conn *c, sl text, int64_t now)
         conn_written(c, now);
         return;
     }
-    if (text.len > LIM_OUT_LEN && (c->out_big = big_take()) == 0) {
+    if (text.len > LIM_OUT_LEN && (c->out_big = big_take(LIM_BIG_LEN)) == 0) {
         LOG0(EV_BODY_POOL);
         conn_close(c);
         return;
     }
-    memcpy(c->out_big ? big_pool[c->out_big - 1] : conn_out[idx], text.p,
+    memcpy(c->out_big ? big_buf(c->out_big) : conn_out[idx], text.p,
         text.len);
     c->out_off = 0;
     c->out_len = text.len;
@@ -6521,7 +6795,7 @@ static const char *status_text(unsigned code)
 {
     static const struct { uint16_t code; const char *text; } tab[] = {
         { 200, "OK" }, { 400, "Bad Request" }, { 401, "Unauthorized" },
-        { 404, "Not Found" }, { 405, "Method Not Allowed" },
+        { 403, "Forbidden" }, { 404, "Not Found" }, { 405, "Method Not Allowed" },
         { 408, "Request Timeout" }, { 413, "Content Too Large" },
         { 414, "URI Too Long" }, { 417, "Expectation Failed" },
         { 429, "Too Many Requests" },
@@ -6866,7 +7140,7 @@ static void conn_discard(struct conn *c)
 
 static void conn_write_rest(struct conn *c, int64_t now)
 {
-    const uint8_t *p = c->out_big ? big_pool[c->out_big - 1]
+    const uint8_t *p = c->out_big ? big_buf(c->out_big)
         : conn_out[conn_idx(c)];
     ssize_t n = io_write(c->fd, (sl){ p + c->out_off,
         c->out_len - c->out_off });
@@ -7991,6 +8265,10 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       1, "192", "homeserver lookups at once") \
     X(LKJWT_LOOKUPS_PER_SERVER, ENV_NUMBER, TO(lookups_per_server), NULL, \
       1, LIM_DEST_CNT, 1, "16", "of them per server not named here") \
+    X(LKJWT_JOBS_MAX, ENV_NUMBER, TO(jobs_max), NULL, 0, LIM_JOB_CNT, 1, \
+      "10000", "delegated leaves held") \
+    X(LKJWT_JOBS_PER_USER, ENV_NUMBER, TO(jobs_per_user), NULL, 0, \
+      LIM_JOB_CNT, 1, "16", "of them per user") \
     X(LKJWT_LAME_DUCK_S, ENV_NUMBER, TO(lame_duck_ms), NULL, 0, 600, 1000, \
       "0", "seconds from SIGTERM to the end of accepting") \
     X(LKJWT_DRAIN_S, ENV_NUMBER, TO(drain_ms), NULL, 0, 600, 1000, "7", \
@@ -7998,11 +8276,11 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
     X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "yes: short secrets, `*`, TLS-off, ws:// to a public host are fatal") \
     X(LIVEKIT_REDIS_URL, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: delegated leave") \
+      "has no effect in this version: jobs live in memory") \
     X(LIVEKIT_REDIS_PASSWORD, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: delegated leave") \
+      "has no effect in this version: jobs live in memory") \
     X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: delegated leave") \
+      "has no effect in this version: jobs live in memory") \
     X(LIVEKIT_AS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: application service") \
     X(LIVEKIT_HS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
@@ -8746,17 +9024,18 @@ static const struct dispatch_row {
     [KIND_CONN]     = { LIM_SLOT_CNT, conn_step, NULL },
     [KIND_EXCHANGE] = { LIM_SLOT_CNT, exchange_step, NULL },
     [KIND_LOOKUP]   = { LIM_UP_CNT, lookup_step, NULL },
-    [KIND_UP]       = { LIM_UP_CNT + LIM_SFU_CNT, up_step, up_weight },
-    [KIND_TRY]      = { (LIM_UP_CNT + LIM_SFU_CNT) * LIM_TRY_CNT, try_step,
-                        NULL },
+    [KIND_UP]       = { LIM_UP_ALL, up_step, up_weight },
+    [KIND_TRY]      = { LIM_UP_ALL * LIM_TRY_CNT, try_step, NULL },
     [KIND_CHAN]     = { LIM_CHAN_CNT, chan_step, NULL },
     [KIND_QUERY]    = { LIM_QUERY_CNT, query_step, NULL },
+    [KIND_JOB]      = { LIM_JOB_CNT, job_step, NULL },
+    [KIND_API]      = { LIM_API_CNT, api_step, NULL },
     [KIND_SIGNAL]   = { 1, signal_step, NULL },
 };
 
 enum { WATCH_CNT = LIM_LISTEN_CNT + 2 * LIM_SLOT_CNT + LIM_UP_CNT
-    + (LIM_UP_CNT + LIM_SFU_CNT) * (1 + LIM_TRY_CNT) + LIM_CHAN_CNT
-    + LIM_QUERY_CNT + 1 };
+    + LIM_UP_ALL * (1 + LIM_TRY_CNT) + LIM_CHAN_CNT + LIM_QUERY_CNT
+    + LIM_JOB_CNT + LIM_API_CNT + 1 };
 
 /* One watched object. Places are index + 1; 0: not in that table. */
 static struct watch {
@@ -9292,7 +9571,7 @@ static void main_nofile(void)
 {
     struct { uint64_t soft, hard; } lim;
     uint64_t fixed = LIM_LANE_CNT + LIM_METRICS_CNT + LIM_CHAN_CNT
-        + LIM_QUERY_CNT + LIM_UP_CNT + 32;
+        + LIM_QUERY_CNT + LIM_UP_ALL + 32;
     uint64_t need = fixed + (uint64_t)cfg.max_conns;
     char text[96];
     if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
