@@ -516,7 +516,7 @@ def test_log_flood_is_bounded_and_counted(rig):
         assert told == 3001 or (told < 3001 and metrics["lkjwt_log_lost_total"] > 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_s25_s13_chaos_leaves_nothing_behind(rig, pki, seed):
     """Clients that break off at any point, a homeserver and an SFU that do anything: then every slot is free again,
     and a plain exchange works."""
