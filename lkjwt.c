@@ -165,6 +165,7 @@ enum {
     LIM_LINGER_LEN   = 65536,  /* bytes discarded after a refusal */
     LIM_REQUEST_ID_LEN = 64,
 
+    LIM_YOUNG_MS  = 1000,      /* a new connection is not thrown out */
     LIM_HEAD_MS   = 10000,     /* absolute, from the first byte or accept */
     LIM_BODY_MS   = 15000,
     LIM_WRITE_MS  = 10000,
@@ -791,7 +792,8 @@ static bool ct_eq(const uint8_t *a, const uint8_t *b, size_t n)
 /* Overwrite a secret; the barrier keeps the compiler from dropping it. */
 static void wipe(void *p, size_t len)
 {
-    memset(p, 0, len);
+    if (len)
+        memset(p, 0, len);
     __asm__ volatile("" : : "r"(p) : "memory");
 }
 
@@ -1181,6 +1183,8 @@ MUST_USE static bool url_parse(sl s_raw, struct url *out)
             return false;
     size_t colon = sl_find(s_raw, ':');
     if (sl_starts(sl_skip(s_raw, colon), SL("://"))) {
+        if (colon == 0)
+            return false;
         out->scheme = (sl){ s_raw.p, colon };
         s_raw = sl_skip(s_raw, colon + 3);
     }
@@ -1742,6 +1746,15 @@ MUST_USE static bool h1_check_target(sl method, sl target_raw)
         && target_raw.len > colon + 3;
 }
 
+/* No control byte but TAB (RFC 9110 section 5.5). */
+static bool h1_is_value(sl s)
+{
+    for (size_t i = 0; i < s.len; i++)
+        if ((s.p[i] < 0x20 && s.p[i] != '\t') || s.p[i] == 0x7f)
+            return false;
+    return true;
+}
+
 /* HTTP/1.x of a start line. Returns 0 or -EV_*. */
 MUST_USE static int h1_version(sl v_raw, uint8_t *minor)
 {
@@ -1782,6 +1795,8 @@ MUST_USE static int h1_parse_request_line(sl in, sl line_raw,
 MUST_USE static int h1_parse_status_line(sl line_raw, struct h1_head *h)
 {
     uint64_t status;
+    if (!h1_is_value(line_raw))
+        return -EV_H1_LINE;
     if (line_raw.len < 12 || line_raw.p[8] != ' '
         || h1_version((sl){ line_raw.p, 8 }, &h->minor)
         || !sl_u64((sl){ line_raw.p + 9, 3 }, 599, &status) || status < 100
@@ -1808,9 +1823,8 @@ MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
     if (colon == line_raw.len || !h1_is_token(name))
         return -EV_H1_FIELD;
     sl value = sl_skip(line_raw, colon + 1);
-    for (size_t i = 0; i < value.len; i++)
-        if ((value.p[i] < 0x20 && value.p[i] != '\t') || value.p[i] == 0x7f)
-            return -EV_H1_FIELD;
+    if (!h1_is_value(value))
+        return -EV_H1_FIELD;
     value = sl_trim(value);
     if (sl_ieq(name, SL("connection")))
         h1_connection(value, h);
@@ -3372,6 +3386,7 @@ static int64_t cache_seconds(sl cache_control, sl expires, int64_t now_wall,
     int64_t other)
 {
     sl word;
+    int64_t age = -1;
     while (sl_word(&cache_control, ", \t", &word)) {
         uint64_t v;
         size_t cut = sl_find(word, '=');
@@ -3379,10 +3394,12 @@ static int64_t cache_seconds(sl cache_control, sl expires, int64_t now_wall,
         if (sl_ieq(key, SL("no-store")) || sl_ieq(key, SL("no-cache")))
             return 0;
         if (sl_ieq(key, SL("max-age"))
-            && sl_u64(sl_skip(word, cut + 1), INT64_MAX, &v))
-            return (int64_t)v;
+            && sl_u64(sl_skip(word, cut + 1), INT64_MAX, &v) && age < 0)
+            age = (int64_t)v;
     }
     int64_t at;
+    if (age >= 0)
+        return age;
     if (expires.len == 0)
         return other;
     return http_date_parse(expires, &at) ? at - now_wall : 0;
@@ -4126,45 +4143,53 @@ static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
     return e->state == ENTRY_PENDING ? RES_WAIT : RES_FAILED;
 }
 
-/* How a name is looked up. search: the list of resolv.conf applies (names
+/* How a host is looked up. search: the list of resolv.conf applies (names
  * of the operator; a client's name is taken as it is). stale_ok: an old
  * answer may serve while DNS fails. */
 struct res_how { bool search, stale_ok; };
 
-/* Look a name up. Each candidate's answer is cached, so a later call goes
- * through the same list again. */
-static enum res res_lookup(sl name, uint16_t type, struct res_how how,
-    int64_t now, const struct dns_entry **out)
+/* The k-th name to ask for: with enough dots the name itself comes first,
+ * then the search list; otherwise last. False: no more. */
+static bool res_candidate(sl host, bool search, int k, struct bb *out)
 {
     const struct resolv *r = io_resolv();
-    uint8_t text[2 * LIM_HOST_LEN];
     unsigned dots = 0;
-    enum res got = RES_NONE, worst = RES_NONE;
-    if (sl_ends(name, SL("."))) {
-        how.search = false;
-        name.len--;
+    if (sl_ends(host, SL("."))) {
+        search = false;
+        host.len--;
     }
-    for (size_t i = 0; i < name.len; i++)
-        dots += name.p[i] == '.';
-    if (!how.search)
-        return res_exact(name, type, how.stale_ok, now, out);
-    bool first = dots >= r->ndots;
-    for (int k = first ? -1 : 0; k <= r->search_cnt; k++) {
-        if (k == r->search_cnt && first)
-            break;
-        struct bb b = BB(text);
-        bb_put(&b, name);
-        if (k >= 0 && k < r->search_cnt) {
-            bb_byte(&b, '.');
-            bb_put(&b, (sl){ r->search[k].text, r->search[k].len });
-        }
-        got = res_exact((sl){ text, b.len }, type, how.stale_ok, now, out);
-        if (got == RES_WAIT || got == RES_OK)
-            return got;
-        if (got == RES_FAILED)
-            worst = RES_FAILED;
+    for (size_t i = 0; i < host.len; i++)
+        dots += host.p[i] == '.';
+    int plain = !search || dots >= r->ndots ? 0 : r->search_cnt;
+    int suffix = plain == 0 ? k - 1 : k;
+    out->len = 0;
+    bb_put(out, host);
+    if (k == plain)
+        return true;
+    if (!search || suffix >= r->search_cnt)
+        return false;
+    bb_byte(out, '.');
+    bb_put(out, (sl){ r->search[suffix].text, r->search[suffix].len });
+    return true;
+}
+
+/* Both families' addresses of the first candidate that has any. */
+static void res_families(sl host, struct res_how how, int64_t now,
+    enum res got[2], const struct dns_entry *e[2])
+{
+    uint8_t text[2 * LIM_HOST_LEN + 2];
+    struct bb name = BB(text);
+    bool failed = false;
+    for (int k = 0; res_candidate(host, how.search, k, &name); k++) {
+        for (int v6 = 0; v6 < 2; v6++)
+            got[v6] = res_exact((sl){ text, name.len },
+                v6 ? DNS_AAAA : DNS_A, how.stale_ok, now, &e[v6]);
+        for (int v6 = 0; v6 < 2; v6++)
+            if (got[v6] == RES_OK || got[v6] == RES_WAIT)
+                return;
+        failed |= got[0] == RES_FAILED || got[1] == RES_FAILED;
     }
-    return worst;
+    got[0] = failed ? RES_FAILED : RES_NONE;
 }
 
 /* Addresses of a host, families alternating, IPv6 first.
@@ -4177,21 +4202,19 @@ static enum res res_addresses(sl host, struct res_how how, int64_t now,
     struct ip list[2][LIM_TRY_CNT];
     size_t have[2] = { 0, 0 };
     enum res got[2] = { RES_NONE, RES_NONE };
+    const struct dns_entry *e[2];
     sl hosts = io_hosts();
     bool in_hosts = cf_hosts_has(hosts, host);
+    if (!in_hosts)
+        res_families(host, how, now, got, e);
     for (int v6 = 0; v6 < 2; v6++) {
-        const struct dns_entry *e;
         size_t size = v6 ? 16 : 4;
-        if (in_hosts) {
+        if (in_hosts)
             have[v6] = cf_hosts_find(hosts, host, v6, list[v6], LIM_TRY_CNT);
-            got[v6] = have[v6] ? RES_OK : RES_NONE;
-            continue;
-        }
-        got[v6] = res_lookup(host, v6 ? DNS_AAAA : DNS_A, how, now, &e);
-        for (size_t i = 0; got[v6] == RES_OK && i < e->rec_cnt
+        for (size_t i = 0; got[v6] == RES_OK && i < e[v6]->rec_cnt
              && i < LIM_TRY_CNT; i++) {
             list[v6][i] = (struct ip){ .v6 = v6 };
-            memcpy(list[v6][i].b, e->data + i * size, size);
+            memcpy(list[v6][i].b, e[v6]->data + i * size, size);
             have[v6]++;
         }
     }
@@ -4833,15 +4856,17 @@ static struct hs *hs_take(enum class class, const uint8_t key[16])
 {
     static const size_t cap[] = { [CLASS_STRANGER] = LIM_HS_CNT / 2,
         [CLASS_LISTED] = LIM_HS_CNT - 2, [CLASS_OPERATOR] = LIM_HS_CNT };
-    size_t mine = 0, same = 0;
+    size_t mine = 0, same = 0, others = 0;
     struct hs *free = NULL;
     for (size_t i = 0; i < LIM_HS_CNT; i++) {
         struct hs *h = &hs_pool[i];
         mine += h->used && h->class <= class;
+        others += h->used && h->class != CLASS_OPERATOR;
         same += h->used && memcmp(h->key, key, 16) == 0;
         free = h->used ? free : h;
     }
     if (!free || mine >= cap[class]
+        || (class != CLASS_OPERATOR && others >= cap[CLASS_LISTED])
         || same >= (class == CLASS_STRANGER ? 2 : LIM_HS_DEST))
         return NULL;
     free->used = true;
@@ -5050,8 +5075,9 @@ MUST_USE static ssize_t chan_read(struct chan *ch, uint8_t *p, size_t cap)
     }
     if (err == 0)
         return -EAGAIN;
+    /* close_notify came, whether or not ours could be written */
     return err == -ECONNRESET && br_ssl_engine_last_error(eng) == BR_ERR_OK
-        && (br_ssl_engine_current_state(eng) & BR_SSL_CLOSED) ? 0 : err;
+        && eng->shutdown_recv ? 0 : err;
 }
 
 /* ==== 17 UPSTREAM ================== PART II: MACHINES ================
@@ -5215,8 +5241,10 @@ struct up {
     bool has_addr, is_denied, is_kept, is_retried;
     struct addr try_addr[LIM_TRY_CNT];
     int try_fd[LIM_TRY_CNT];
-    size_t try_cnt, try_next;
+    bool try_over[LIM_TRY_CNT];      /* failed, or won */
+    size_t try_cnt, dial_cnt;
     int64_t first_at, stage_end, stagger_at, begin_us;
+    uint64_t number;         /* of all calls, in order of opening */
     struct chan *chan;
     struct h1_head head;
     size_t head_len, in_len;
@@ -5225,6 +5253,8 @@ struct up {
 };
 static struct up up_pool[LIM_UP_ALL];
 static uint8_t up_in[LIM_UP_ALL][LIM_REPLY_IN];
+
+static uint64_t up_number;
 
 static void lookup_wake_srv(void);
 
@@ -5241,19 +5271,19 @@ static void res_wake_waiters(void)
 static void up_wake_tls_waiters(void)
 {
     for (int class = CLASS_OPERATOR; class >= CLASS_STRANGER; class--) {
-        int64_t after = -1;
+        uint64_t after = 0;
         for (;;) {
             struct up *next = NULL;
             for (size_t i = 0; i < COUNT_OF(up_pool); i++) {
                 struct up *u = &up_pool[i];
-                if (u->state == UP_TLS_SLOT && u->begin_us > after
+                if (u->state == UP_TLS_SLOT && u->number > after
                     && (int)u->call.trust.class == class
-                    && (!next || u->begin_us < next->begin_us))
+                    && (!next || u->number < next->number))
                     next = u;
             }
             if (!next)
                 break;
-            after = next->begin_us;
+            after = next->number;
             loop_wake(KIND_UP, (size_t)(next - up_pool));
         }
     }
@@ -5281,6 +5311,15 @@ static void up_drop_tries(struct up *u, size_t keep)
         }
 }
 
+/* The first address neither tried nor under way, or try_cnt. */
+static size_t up_next_try(const struct up *u)
+{
+    size_t k = 0;
+    while (k < u->try_cnt && (u->try_over[k] || u->try_fd[k] >= 0))
+        k++;
+    return k;
+}
+
 /* Watch what the state waits for. */
 static void up_watch(struct up *u)
 {
@@ -5299,7 +5338,7 @@ static void up_watch(struct up *u)
             end = u->first_at + LIM_RESOLUTION_MS;
         break;
     case UP_DIAL:
-        if (u->try_next < u->try_cnt && u->stagger_at < end)
+        if (up_next_try(u) < u->try_cnt && u->stagger_at < end)
             end = u->stagger_at;
         break;
     case UP_TLS_SLOT:                /* a reset shows at the handshake */
@@ -5366,7 +5405,8 @@ static void up_begin(struct up *u, int64_t now)
     }
     u->is_kept = false;
     u->first_at = 0;
-    u->try_cnt = u->try_next = 0;
+    u->try_cnt = 0;
+    memset(u->try_over, 0, sizeof u->try_over);
     u->state = UP_RESOLVE;
     u->stage_end = now + LIM_DNS_MS;
     loop_wake(KIND_UP, (size_t)(u - up_pool));
@@ -5398,6 +5438,7 @@ static struct up *up_open(const struct up_call *call, size_t from, size_t to,
     chan_key(u->call.host, call->port, u->call.cert_name, call->is_tls,
         u->key);
     u->begin_us = io_now_us();
+    u->number = ++up_number;
     met.gauge[GA_UPSTREAM]++;
     up_begin(u, now);
     return u;
@@ -5475,12 +5516,11 @@ static void up_log_denied(const struct up *u, const struct addr *a)
  * LIM_STAGGER_MS pass without success (RFC 8305 section 5). */
 static void up_start_tries(struct up *u, int64_t now)
 {
-    size_t pending = 0, idx = (size_t)(u - up_pool);
-    for (size_t k = 0; k < LIM_TRY_CNT; k++)
+    size_t pending = 0, k, idx = (size_t)(u - up_pool);
+    for (k = 0; k < LIM_TRY_CNT; k++)
         pending += u->try_fd[k] >= 0;
-    while (u->try_next < u->try_cnt && (pending == 0
-                                        || now >= u->stagger_at)) {
-        size_t k = u->try_next++;
+    while ((k = up_next_try(u)) < u->try_cnt
+           && (pending == 0 || now >= u->stagger_at)) {
         int fd = io_connect(&u->try_addr[k], &u->call.trust, false);
         if (fd == -EACCES)
             up_log_denied(u, &u->try_addr[k]);
@@ -5488,9 +5528,11 @@ static void up_start_tries(struct up *u, int64_t now)
             u->addr = u->try_addr[k];
             u->has_addr = true;
         }
+        u->try_over[k] = fd < 0;
         if (fd == -EACCES)
             continue;
         u->is_denied = false;
+        u->dial_cnt++;
         u->detail = fd < 0 ? -fd : 0;
         if (fd < 0)
             continue;
@@ -5504,6 +5546,24 @@ static void up_start_tries(struct up *u, int64_t now)
     else
         up_fail(u, u->is_denied ? EV_SSRF_DENIED : EV_CONNECT_FAILED,
             "connect", u->detail);
+}
+
+/* The handshake failed: the next address, when there is one. Attempts that
+ * were given up for this one count as untried. */
+static void up_tls_failed(struct up *u, enum event why, int detail,
+    int64_t now)
+{
+    if (up_next_try(u) == u->try_cnt) {
+        up_fail(u, why, "tls", detail);
+        return;
+    }
+    loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
+    chan_close(u->chan);
+    u->chan = NULL;
+    u->state = UP_DIAL;
+    u->stage_end = now + LIM_CONNECT_MS;
+    u->stagger_at = now;
+    up_start_tries(u, now);
 }
 
 /* Enter TLS as soon as one of the handshake slots is free. */
@@ -5534,6 +5594,7 @@ static enum step try_step(size_t idx, int revents, int64_t now)
         return STEP_WAIT;
     int err = io_connected(u->try_fd[k]);
     loop_set(KIND_TRY, idx, -1, 0, INT64_MAX);
+    u->try_over[k] = true;
     if (err) {
         u->detail = -err;
         u->addr = u->try_addr[k];
@@ -5570,18 +5631,7 @@ static void up_step_tls(struct up *u, int64_t now)
         up_watch(u);
         return;
     }
-    enum event why = chan_tls_why(ch);
-    int detail = br_ssl_engine_last_error(eng);
-    loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
-    chan_close(ch);
-    u->chan = NULL;
-    if (u->try_next == u->try_cnt) {
-        up_fail(u, why, "tls", detail);
-        return;
-    }
-    u->state = UP_DIAL;
-    u->stage_end = now + LIM_CONNECT_MS;
-    up_start_tries(u, now);
+    up_tls_failed(u, chan_tls_why(ch), br_ssl_engine_last_error(eng), now);
 }
 
 static uint8_t scratch[LIM_SCRATCH_LEN];    /* one message being written */
@@ -5718,7 +5768,7 @@ static void up_step_recv(struct up *u, int64_t now)
 }
 
 /* The stage's deadline passed. */
-static void up_timeout(struct up *u)
+static void up_timeout(struct up *u, int64_t now)
 {
     switch (u->state) {
     case UP_RESOLVE:
@@ -5728,8 +5778,13 @@ static void up_timeout(struct up *u)
         up_fail(u, EV_CONNECT_TIMEOUT, "connect", 0);
         return;
     case UP_TLS_SLOT:
-    case UP_TLS:
         up_fail(u, EV_TLS_TIMEOUT, "tls", 0);
+        return;
+    case UP_TLS:
+        if (now < u->call.end)
+            up_tls_failed(u, EV_TLS_TIMEOUT, 0, now);
+        else
+            up_fail(u, EV_TLS_TIMEOUT, "tls", 0);
         return;
     case UP_SEND:
     case UP_RECV:
@@ -5749,7 +5804,7 @@ static enum step up_step(size_t idx, int revents, int64_t now)
     int64_t end = u->state == UP_TLS_SLOT ? u->call.end : u->stage_end;
     (void)revents;
     if (u->state != UP_FREE && (now >= end || now >= u->call.end)) {
-        up_timeout(u);
+        up_timeout(u, now);
         return STEP_WAIT;
     }
     switch (u->state) {
@@ -5888,17 +5943,25 @@ static bool name_in(sl name, const sl *list, size_t cnt)
 }
 
 /* `name` itself, or `*.suffix` for names below it. A pattern without a
- * port stands for every port. */
+ * port stands for every port. Hosts compare as DNS and IP do: case-blind,
+ * without a trailing dot, addresses by value. */
 static bool name_matches(const struct name *n, sl pattern)
 {
     struct name p;
-    if (sl_starts(pattern, SL("*."))) {
-        sl tail = sl_skip(pattern, 1);
-        return n->host.len > tail.len
-            && sl_ieq(sl_skip(n->host, n->host.len - tail.len), tail);
-    }
-    return name_parse(pattern, &p) && sl_ieq(p.host, n->host)
-        && (p.port == 0 || p.port == n->port);
+    bool below = sl_starts(pattern, SL("*."));
+    if (!name_parse(below ? sl_skip(pattern, 2) : pattern, &p)
+        || (p.port && p.port != n->port))
+        return false;
+    if (sl_ends(p.host, SL(".")))
+        p.host.len--;
+    if (p.is_ip || n->is_ip)
+        return !below && p.is_ip && n->is_ip && p.ip.v6 == n->ip.v6
+            && memcmp(p.ip.b, n->ip.b, 16) == 0;
+    if (!below)
+        return sl_ieq(p.host, n->host);
+    size_t cut = n->host.len - p.host.len;
+    return n->host.len > p.host.len + 1 && n->host.p[cut - 1] == '.'
+        && sl_ieq(sl_skip(n->host, cut), p.host);
 }
 
 /* LKJWT_ALLOWED_HOMESERVERS and LKJWT_BLOCKED_HOMESERVERS; blocked wins.
@@ -6152,8 +6215,7 @@ static void lookup_srv(struct lookup *l, int64_t now)
         bb_str(&b, service[l->srv_stage]);
         bb_put(&b, l->dn.host);
         sl name = { text, b.len };
-        enum res got = res_lookup(name, DNS_SRV,
-            (struct res_how){ false, l->is_listed }, now, &e);
+        enum res got = res_exact(name, DNS_SRV, l->is_listed, now, &e);
         if (got == RES_WAIT) {
             loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, l->end);
             return;
@@ -6371,7 +6433,7 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
 {
     struct up *u = l->up;
     bool unreachable = strcmp(u->step, "http") != 0;
-    l->dial_cnt += u->try_next;
+    l->dial_cnt += u->dial_cnt;
     if (unreachable && l->target_next + 1 < l->target_cnt
         && l->dial_cnt < LIM_TRY_CNT) {
         note(u->step, false, l->name.whole, sl_str(event_tab[u->why].text));
@@ -6384,7 +6446,7 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
         l->is_forgetful = true;
         l->dial_cnt = 0;
         if (w && w->state == WK_OK)
-            w->until = w->good_until = 0;
+            w->until = 0;
         lookup_drop_up(l, now);
         lookup_well_known(l, now);
         return;
@@ -6498,7 +6560,7 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
         return NULL;
     struct lookup *l = &lookup_pool[i];
     memset(l, 0, sizeof *l);
-    l->state = L_WELL_KNOWN;
+    l->state = L_CALL;               /* until it is known better */
     l->owner = owner;
     l->owner_idx = owner_idx;
     l->token = token;
@@ -7040,6 +7102,10 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_is_metrics(c));
     conn_request_id(c, in);
     if (conn_is_lane(c) && (!c->route || c->route->is_cors)) {
+        if (!c->route) {
+            conn_refuse(c, EV_CONN_FULL, now);
+            return;
+        }
         c->is_refused = true;
         LOG0(EV_CONN_FULL);
         conn_error(c, RE_BUSY, NULL, now);
@@ -7218,26 +7284,27 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
-/* The oldest connection in [from, to) that holds no complete request. */
-static struct conn *conn_oldest_idle(size_t from, size_t to)
+/* The oldest connection in [from, to) that holds no complete request. A
+ * young one may have its request on the way. */
+static struct conn *conn_oldest_idle(size_t from, size_t to, int64_t now)
 {
     struct conn *best = NULL;
     for (size_t i = from; i < to; i++) {
         struct conn *c = &conn_pool[i];
         if ((c->state == C_HEAD || c->state == C_BODY || c->state == C_LINGER)
-            && (!best || c->since < best->since))
+            && c->since <= now - LIM_YOUNG_MS && (!best || c->since < best->since))
             best = c;
     }
     return best;
 }
 
 /* A slot in [from, to): a free one, else the oldest idle one's. */
-static struct conn *conn_slot_in(size_t from, size_t to)
+static struct conn *conn_slot_in(size_t from, size_t to, int64_t now)
 {
     for (size_t i = from; i < to; i++)
         if (conn_pool[i].state == C_FREE)
             return &conn_pool[i];
-    struct conn *old = conn_oldest_idle(from, to);
+    struct conn *old = conn_oldest_idle(from, to, now);
     if (old) {
         LOG0(EV_CONN_FULL);
         conn_close(old);
@@ -7247,19 +7314,19 @@ static struct conn *conn_slot_in(size_t from, size_t to)
 
 /* A slot for a new client: the pool, else the lane for health checks.
  * NULL: refuse. */
-static struct conn *conn_slot(bool is_metrics)
+static struct conn *conn_slot(bool is_metrics, int64_t now)
 {
     size_t max = (size_t)cfg.max_conns;
     if (is_metrics)
-        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT);
-    struct conn *c = conn_slot_in(0, max);
-    return c ? c : conn_slot_in(max, max + LIM_LANE_CNT);
+        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT, now);
+    struct conn *c = conn_slot_in(0, max, now);
+    return c ? c : conn_slot_in(max, max + LIM_LANE_CNT, now);
 }
 
 /* Adopt an accepted socket. */
 static void conn_open(int fd, bool is_metrics, int64_t now)
 {
-    struct conn *c = conn_slot(is_metrics);
+    struct conn *c = conn_slot(is_metrics, now);
     if (!c) {
         uint8_t text[160];
         struct bb b = BB(text);
@@ -7277,7 +7344,7 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
     c->since = now;
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
-    conn_watch(c);
+    (void)conn_step(conn_idx(c), POLLIN, now);   /* it often brings a request */
 }
 
 /* GET /healthz: alive, and 503 from SIGTERM on. */
@@ -7639,6 +7706,8 @@ static void exchange_room(struct exchange *x, int64_t now)
     x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
         lk_build_room, x->end, now);
     exchange_set(x, x->up ? X_ROOM : X_ROOM_WAIT);
+    if (x->up)
+        exchange_wake(X_ROOM_WAIT, 0);
 }
 
 /* The homeserver vouched for x->user: decide what the user may have.
@@ -7728,6 +7797,8 @@ static void exchange_admit(struct exchange *x, int64_t now)
     }
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
+    exchange_wake(X_WAIT, x->dest);       /* until nobody can be admitted */
+    exchange_wake(X_WAIT, 0);
 }
 
 /* Move on after a wake or at the deadline. */
@@ -9252,7 +9323,7 @@ static enum step listen_step(size_t idx, int revents, int64_t now)
         if (fd == -EAGAIN)
             return STEP_WAIT;
         if (fd < 0) {
-            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT);
+            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now);
             LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
             if (old)
                 conn_close(old);

@@ -41,6 +41,7 @@ static const struct { const char *name; void (*run)(void); } group_tab[] = {
 int main(int argc, char **argv)
 {
     guard_open();
+    generated();
     for (size_t i = 0; i < COUNT_OF(group_tab); i++) {
         bool wanted = true;
         for (int k = 1; k < argc; k++) {

@@ -414,8 +414,8 @@ static void key_rows(void)
             e[0] = 1;
         sl spki = der_rsa_spki((sl){ n, len }, (sl){ e, rsa[i].e_len }), in;
         struct pub_key k;
-        in = (sl){ guarded(spki.p, spki.len), spki.len };
-        bool ok = der_take(&in, 0x30, &in, NULL) && der_key(in, &k);
+        spki.p = guarded(spki.p, spki.len);
+        bool ok = der_take(&spki, 0x30, &in, NULL) && der_key(in, &k);
         row_int(rsa[i].name, ok ? (int)k.kind : -1, rsa[i].want);
     }
     static const struct { const char *name, *alg, *bits; size_t len;
@@ -518,8 +518,6 @@ static void damage_rows(const char *title, sl der)
 static void cert_rows(void)
 {
     static const char dup_usage[] = "300e 0603551d0f 0101ff 0404 03020780";
-    static const char dup_private[] =
-        "3012 300706052b060104 00 0402 0500";
     static const struct { const char *name; struct plan p; int want; }
     tab[] = {
         { "plain", { .san = "a.org" }, 2 },
@@ -589,7 +587,6 @@ static void cert_rows(void)
           "300b 0603551d20 0402 3000 0500" }, 0 },
         { "extension without OID", { .extra = "3004 0402 3000" }, 0 },
     };
-    (void)dup_private;
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
         struct plan p = tab[i].p;
         struct cert c;
@@ -634,7 +631,6 @@ static void real_cert_rows(void)
 {
     static char text[4 << 20];
     size_t len, cnt = 0;
-    generated();
     file_read("build/unit/certs.txt", text, sizeof text, &len);
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
         static uint8_t der[16384], part[3][4096];
@@ -931,7 +927,6 @@ static void test_pem(void)
     static char text[1 << 20];
     static uint8_t work[16384];
     size_t len, full = 0;
-    generated();
     file_read("build/unit/bundle.pem", text, sizeof text, &len);
     sl rest = { (uint8_t *)text, len }, der;
     while (pem_parse(&rest, work, sizeof work, &der) == 1)

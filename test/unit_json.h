@@ -251,7 +251,6 @@ static void test_json_suite(void)
     /* name NUL, length as 8 hex digits, text; made by test/unit/make.py */
     static char all[4 << 20];
     size_t len, cnt[3] = { 0, 0, 0 };
-    generated();
     file_read("build/unit/json-suite.bin", all, sizeof all, &len);
     for (size_t at = 0; at < len; ) {
         const char *name = all + at;

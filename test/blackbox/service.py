@@ -128,6 +128,21 @@ def leak_forms(secret):
     return forms
 
 
+def find_leaks(*more):
+    """Search all that was kept: [(file, form found)]. more: further secrets,
+    such as tokens that a real homeserver issued."""
+    texts = {f.name: f.read_bytes() for f in sorted(CANARY_DIR.iterdir()) if f.is_file()}
+    assert texts, f"nothing was kept in {CANARY_DIR}"
+    found = []
+    for secret in (CANARY_SECRET, CANARY_PASSWORD, *CANARY_TOKENS, *more):
+        for form in leak_forms(secret):
+            found += [(name, form) for name, text in texts.items() if form in text]
+    # Any JWT, and any URL or header with a token in it.
+    for pattern in (rb"eyJ[A-Za-z0-9_-]{6,}\.", rb"access_token=", rb"Bearer [A-Za-z0-9]"):
+        found += [(name, m[0]) for name, text in texts.items() for m in re.finditer(pattern, text)]
+    return found
+
+
 # ---- HTTP, strictly read
 
 class Reply:

@@ -502,7 +502,8 @@ def test_log_flood_is_bounded_and_counted(rig):
             t.join(DEADLINE)
         time.sleep(1.1)             # the next second has lines again
         assert s.post("/get_token", "").status == 400
-        assert s.metrics()['lkjwt_events_total{event="JSON_SYNTAX"}'] == 3001
+        metrics = s.metrics()
+        assert metrics['lkjwt_events_total{event="JSON_SYNTAX"}'] == 3001
         assert s.stop() == 0
         lines = s.events("JSON_SYNTAX")
         per_second = {}
@@ -510,4 +511,74 @@ def test_log_flood_is_bounded_and_counted(rig):
             second = line["ts"][:19]
             per_second[second] = per_second.get(second, 0) + 1
         assert max(per_second.values()) <= 500
-        assert len(lines) + sum(int(line.get("suppressed", 0)) for line in lines) == 3001
+        told = len(lines) + sum(int(line.get("suppressed", 0)) for line in lines)
+        # Our own reader of the pipe may be too slow for the flood; that is counted too.
+        assert told == 3001 or (told < 3001 and metrics["lkjwt_log_lost_total"] > 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_s25_s13_chaos_leaves_nothing_behind(rig, pki, seed):
+    """Clients that break off at any point, a homeserver and an SFU that do anything: then every slot is free again,
+    and a plain exchange works."""
+    rnd = random.Random(seed)
+    moods = [None, None, Reply(raw=b"", hang=True), Reply(raw=b"", reset=True), Reply(200, {"sub": "@x:y"}, cut=30),
+             Reply(500, "x"), Reply(401, {"errcode": "M_UNKNOWN_TOKEN"}), Reply(200, {"sub": "@x:y"}, delay=0.05),
+             Reply(raw=b"\0" * 100, close=True), Reply(200, {"sub": "@x:y"}, step=3, pause=0.001)]
+    sfu_moods = [None, None, Reply(503, "x"), Reply(raw=b"", reset=True), Reply(200, b"", delay=0.05)]
+    lock, statuses = threading.Lock(), []
+
+    def mood(of):
+        with lock:
+            return rnd.choice(of)
+    with Homeserver("127.0.0.3", tls=pki.leaf(ips=["127.0.0.3"])) as wild, \
+            rig.service(LKJWT_LOOKUP_TIMEOUT_S="1", LKJWT_MAX_CONNS="60", LIVEKIT_FULL_ACCESS_HOMESERVERS=wild.netloc,
+                        LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
+        wild.sub = f"@a:{wild.netloc}"
+        wild.on("/_matrix/federation/v1/openid/userinfo", lambda req: mood(moods))
+        rig.sfu.fail = lambda req: mood(sfu_moods) or Reply(200, b"", ctype="application/protobuf")
+
+        def client(n):
+            own = random.Random(seed * 100 + n)
+            for k in range(60):
+                path = own.choice(["/get_token", "/sfu/get"])
+                hs = own.choice([wild, wild, rig.other])
+                sub = f"@a:{wild.netloc}" if hs is wild else None
+                body = rig.body(path, hs, sub, f"{CANARY_TOKEN}.{n}.{k}" if sub else None)
+                data = json.dumps(body).encode() + b" " * own.choice([0, 0, 0, 12000])
+                data = f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+                end = own.choice(["read", "read", "cut", "close", "reset", "half", "twice"])
+                try:
+                    with s.wire(timeout=20) as w:
+                        w.send(data[:own.randrange(len(data))] if end == "cut" else data * (2 if end == "twice" else 1))
+                        if end == "half":
+                            w.sock.shutdown(socket.SHUT_WR)
+                        if end in ("read", "half", "twice"):
+                            for _ in range(2 if end == "twice" else 1):
+                                statuses.append(w.reply("POST", 20).status)
+                        elif end == "reset":
+                            w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                except (Closed, ConnectionError):
+                    pass            # thrown out, or refused: the pool is small
+                except Exception as e:
+                    statuses.append(e)
+        try:
+            threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+            for t in threads:
+                t.start()
+            while any(t.is_alive() for t in threads):
+                assert s.request("GET", "/healthz", timeout=2).status == 200
+                time.sleep(0.05)
+        finally:
+            rig.sfu.fail = None
+            wild.off()
+
+        def idle_again():
+            m = s.metrics()
+            return (m["lkjwt_connections"] <= 1 and m["lkjwt_exchanges"] == m["lkjwt_exchanges_waiting"] == 0
+                    and m["lkjwt_upstream_calls"] == 0)
+        assert {200, 401, 500} <= set(statuses) <= {200, 401, 429, 500, 503}, set(statuses)
+        wait_for("free slots", idle_again)
+        for path in ("/get_token", "/sfu/get"):
+            check_granted(s.post(path, rig.body(path, wild, f"@a:{wild.netloc}", CANARY_TOKEN)))
+        assert s.stop() == 0
+        assert not [e for e in s.log() if e["event"].startswith("BUG")]

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import pathlib
 import sys
+import warnings
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -49,7 +50,7 @@ def line_of(name, cert):
         is_ca = cert.version == x509.Version.v1
     kind, part = key_facts(cert.public_key())
     der = cert.public_bytes(serialization.Encoding.DER)
-    until = cert.not_valid_after.replace(tzinfo=datetime.timezone.utc)
+    until = cert.not_valid_after_utc
     return " ".join([
         name, der.hex(), str(int(until.timestamp())), str(int(is_ca)),
         str(kind), cert.issuer.public_bytes().hex(),
@@ -108,6 +109,7 @@ def certificates():
 
 
 def main():
+    warnings.simplefilter("ignore")    # odd serials of old roots
     OUT.mkdir(parents=True, exist_ok=True)
     json_suite()
     certificates()
