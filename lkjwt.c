@@ -572,6 +572,9 @@ struct base {
 
 struct override { sl name; struct base base; };
 
+/* One API key: its name, and HMAC's state for its secret. */
+struct api_key { sl name; br_hmac_key_context sec_key; };
+
 /* What resolv.conf(5) says; also filled from LKJWT_RESOLVER. */
 struct resolv {
     struct addr server[LIM_SERVER_CNT];
@@ -2429,9 +2432,6 @@ static void jwt_put_service(struct bb *b, sl key, sl admin_room,
     }
     bb_str(b, "}}");
 }
-
-/* One API key of the configuration. */
-struct api_key { sl name; br_hmac_key_context sec_key; };
 
 /* Read one JSON part of a token into base. work holds cap bytes. */
 MUST_USE static bool jwt_part(sl part_raw, uint8_t *work, size_t cap,
@@ -5857,6 +5857,7 @@ struct lookup {
     struct name name;        /* the server name, in text */
     uint64_t dest;           /* its hash, for counting */
     struct trust trust;
+    bool is_client;          /* wants the client-server API's base URL */
     bool is_listed, is_forgetful;    /* delegation already resolved anew */
     const struct override *over;
     struct up *up;
@@ -5870,7 +5871,7 @@ struct lookup {
     struct target target[LIM_TRY_CNT];
     size_t target_cnt, target_next;
     size_t dial_cnt;         /* addresses dialled for userinfo */
-    sl user;                 /* L_DONE: verified, in the call's reply */
+    sl user;                 /* L_DONE: verified user, or the base URL */
     enum event why;
     const char *step;
     int64_t end;
@@ -6017,7 +6018,7 @@ static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
 static void lookup_fail(struct lookup *l, enum event why, const char *step)
 {
     uint8_t addr[64], num[20];
-    if (l->state == L_WELL_KNOWN)            /* nobody shall wait for it */
+    if (l->state == L_WELL_KNOWN && !l->is_client)   /* nobody shall wait */
         wk_finish(l, (sl){ NULL, 0 }, 0, true, io_now());
     bool has_addr = l->up && l->up->has_addr;
     bool has_status = l->up && l->up->state == UP_DONE;
@@ -6034,6 +6035,13 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
            : l->up && l->up->detail ? text_u64(num,
                                                (uint64_t)l->up->detail)
                                     : (sl){ NULL, 0 }));
+    loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+    loop_wake(l->owner, l->owner_idx);
+}
+
+static void lookup_done(struct lookup *l)
+{
+    l->state = L_DONE;
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     loop_wake(l->owner, l->owner_idx);
 }
@@ -6293,7 +6301,8 @@ static void lookup_fetch(struct lookup *l, int64_t now)
         .owner_idx = (uint16_t)lookup_idx(l), .label = TL_WELL_KNOWN,
         .trust = l->trust, .is_tls = true, .host = l->url.name.host,
         .port = l->url.name.port ? l->url.name.port : 443,
-        .cert_name = l->url.name.host, .reply_cap = LIM_WELL_KNOWN_LEN,
+        .cert_name = l->url.name.host,
+        .reply_cap = l->is_client ? LIM_RPC_LEN : LIM_WELL_KNOWN_LEN,
         .end = end < l->end ? end : l->end, .build = lookup_build_wk };
     c.search = l->is_listed && is_single_label(c.host);
     lookup_drop_up(l, now);
@@ -6323,6 +6332,10 @@ static void lookup_wk_none(struct lookup *l, enum event why, bool passing,
     }
     bb_str(&b, event_tab[why].text);
     note("well-known", false, l->name.whole, (sl){ text, b.len });
+    if (l->is_client) {
+        lookup_fail(l, why, "well-known");
+        return;
+    }
     wk_finish(l, (sl){ NULL, 0 }, 0, passing, now);
     lookup_drop_up(l, now);
     struct wk *w = wk_slot(l->name.whole, now);
@@ -6367,6 +6380,12 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     static const struct js_field field[] = {
         { "m.server", JS_STRING, 0, NULL } };
     static const struct js_table tab = { field, 1, false, false };
+    static const struct js_field url_field[] = {
+        { "base_url", JS_STRING, 0, NULL } };
+    static const struct js_table server = { url_field, 1, false, false };
+    static const struct js_field client_field[] = {
+        { "m.homeserver", JS_OBJECT, 0, &server } };
+    static const struct js_table client = { client_field, 1, false, false };
     struct up *u = l->up;
     sl dn = { NULL, 0 };
     struct name n;
@@ -6384,6 +6403,15 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
         lookup_wk_none(l, EV_REPLY_STATUS, st >= 500, now);
         return;
     }
+    if (l->is_client) {
+        if (js_parse(up_body(u), u->intake.len, &client, &l->user)
+            || l->user.len == 0) {
+            lookup_wk_none(l, EV_REPLY_JSON, false, now);
+            return;
+        }
+        lookup_done(l);
+        return;
+    }
     if (js_parse(up_body(u), u->intake.len, &tab, &dn) || dn.len == 0
         || dn.len > LIM_NAME_LEN || !name_parse(dn, &n)) {
         lookup_wk_none(l, EV_REPLY_JSON, false, now);
@@ -6396,6 +6424,21 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     l->is_cached = false;
     lookup_drop_up(l, now);
     lookup_resolve(l, now);
+}
+
+/* Fetch a well-known of the server name's host. */
+static void lookup_first_hop(struct lookup *l, const char *path, int64_t now)
+{
+    struct bb b = BB(l->url_text);
+    bb_str(&b, "https://");
+    bb_put(&b, l->name.host);
+    bb_str(&b, path);
+    l->state = L_WELL_KNOWN;
+    l->hops = 0;
+    if (url_parse((sl){ l->url_text, b.len }, &l->url))
+        lookup_fetch(l, now);
+    else
+        lookup_wk_none(l, EV_NAME_BAD, false, now);
 }
 
 /* Consult the cache, or fetch, or wait for who fetches. */
@@ -6416,16 +6459,7 @@ static void lookup_well_known(struct lookup *l, int64_t now)
     }
     if (w)
         w->state = WK_PENDING;
-    struct bb b = BB(l->url_text);
-    bb_str(&b, "https://");
-    bb_put(&b, l->name.host);
-    bb_str(&b, "/.well-known/matrix/server");
-    l->state = L_WELL_KNOWN;
-    l->hops = 0;
-    if (url_parse((sl){ l->url_text, b.len }, &l->url))
-        lookup_fetch(l, now);
-    else
-        lookup_wk_none(l, EV_NAME_BAD, false, now);
+    lookup_first_hop(l, "/.well-known/matrix/server", now);
 }
 
 /* The userinfo call failed: go on where that may help. */
@@ -6475,11 +6509,8 @@ static void lookup_step_call(struct lookup *l, int64_t now)
         lookup_fail(l, EV_REPLY_JSON, "http");
     else if (!user_check(l->user, l->name.whole))
         lookup_fail(l, EV_SUB_BAD, "sub");
-    else {
-        l->state = L_DONE;
-        loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
-        loop_wake(l->owner, l->owner_idx);
-    }
+    else
+        lookup_done(l);
 }
 
 /* Move on after a wake or at the deadline. */
@@ -6548,10 +6579,9 @@ static bool lookup_may_open(uint64_t dest, bool is_listed)
         && (is_listed || strangers < share);
 }
 
-/* Start a lookup of a checked name; the caller asked lookup_may_open.
- * token and req must live until lookup_close. Returns NULL: none free. */
-static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
-    const struct name *name, sl token, sl req, int64_t now)
+/* A lookup of a checked name, not started yet. NULL: none free. */
+static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
+    const struct name *name, int64_t now)
 {
     size_t i = 0;
     while (i < LIM_UP_CNT && lookup_pool[i].state != L_FREE)
@@ -6563,15 +6593,26 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     l->state = L_CALL;               /* until it is known better */
     l->owner = owner;
     l->owner_idx = owner_idx;
-    l->token = token;
-    l->req = req;
     lookup_keep_name(l->text, &l->name, name->whole);
     l->dest = dest_hash(l->name.whole);
     l->is_listed = name_is_listed(l->name.whole);
     l->trust = name_trust(&l->name, l->is_listed);
-    l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
     l->end = now + cfg.lookup_ms;
     lookup_keep_name(l->dn_text, &l->dn, l->name.whole);
+    return l;
+}
+
+/* Start asking whose token it is; the caller asked lookup_may_open. token
+ * and req must live until lookup_close. Returns NULL: none free. */
+static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
+    const struct name *name, sl token, sl req, int64_t now)
+{
+    struct lookup *l = lookup_take(owner, owner_idx, name, now);
+    if (!l)
+        return NULL;
+    l->token = token;
+    l->req = req;
+    l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
     if (l->over) {
         l->trust = (struct trust){ CLASS_OPERATOR, true };
         l->target_cnt = 1;
@@ -6587,6 +6628,22 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     return l;
 }
 
+/* Start asking for the client-server API of a server name (PROTOCOL
+ * section 8). Returns NULL: none free. */
+static struct lookup *lookup_open_client(uint16_t api,
+    const struct name *name, int64_t now)
+{
+    struct lookup *l = lookup_take(KIND_API, api, name, now);
+    if (!l)
+        return NULL;
+    l->is_client = true;
+    if (host_is_public(l, &l->name))
+        lookup_first_hop(l, "/.well-known/matrix/client", now);
+    else
+        lookup_fail(l, EV_NAME_BAD, "name");
+    return l;
+}
+
 static void lookup_close(struct lookup *l, int64_t now)
 {
     lookup_drop_up(l, now);
@@ -6594,11 +6651,133 @@ static void lookup_close(struct lookup *l, int64_t now)
     l->state = L_FREE;
 }
 
+/* ---- client-server APIs: where delayed events are restarted and sent ---
+ * One entry a server name: its base URL, its pace. Jobs wait in job_hot
+ * (section 21); api_step starts their calls: sends first, then restarts by
+ * deadline. A 429 stops the queue for as long as it asks and halves its
+ * pace, success raises it again (PROTOCOL section 8).
+ */
+enum api_state { API_FREE, API_PENDING, API_OK, API_BAD };
+static struct api {
+    enum api_state state;
+    bool is_tls, is_stable;      /* is_stable: the path of MSC4140's end */
+    uint16_t port, name_len, text_len;
+    unsigned job_cnt, active;
+    struct trust trust;
+    struct lookup *lookup;
+    int64_t until, used_at;      /* of the base URL */
+    int64_t next_at, interval_ms;
+    struct url url;              /* in text */
+    uint8_t name[LIM_NAME_LEN], text[LIM_URL_LEN];
+} api_pool[LIM_API_CNT];
+
+static size_t api_idx(const struct api *a)
+{
+    return (size_t)(a - api_pool);
+}
+
+/* Take a base URL; http only where the server is the operator's. */
+MUST_USE static bool api_take_url(struct api *a, sl text, bool http_ok)
+{
+    if (text.len > sizeof a->text)
+        return false;
+    memcpy(a->text, text.p, text.len);
+    a->text_len = (uint16_t)text.len;
+    if (!url_parse((sl){ a->text, text.len }, &a->url) || a->url.has_query)
+        return false;
+    bool http = sl_ieq(a->url.scheme, SL("http"));
+    if (!sl_ieq(a->url.scheme, SL("https")) && !(http && http_ok))
+        return false;
+    a->is_tls = !http;
+    a->port = a->url.name.port ? a->url.name.port : http ? 80 : 443;
+    return true;
+}
+
+/* The entry of a server name; a new one takes the place of the longest
+ * unused. NULL: all are in use. */
+static struct api *api_find(sl name, int64_t now)
+{
+    struct api *best = NULL;
+    for (size_t i = 0; i < LIM_API_CNT; i++) {
+        struct api *a = &api_pool[i];
+        if (a->state != API_FREE && sl_eq((sl){ a->name, a->name_len }, name))
+            return a;
+        if (a->job_cnt == 0 && !a->lookup && a->used_at < now - 60000
+            && (!best || a->used_at < best->used_at))
+            best = a;
+        if (a->state == API_FREE) {
+            best = a;
+            break;
+        }
+    }
+    if (!best || name.len > LIM_NAME_LEN)
+        return NULL;
+    met.evicted += best->state != API_FREE;
+    memset(best, 0, sizeof *best);
+    best->state = API_BAD;
+    best->name_len = (uint16_t)name.len;
+    memcpy(best->name, name.p, name.len);
+    best->used_at = now;
+    return best;
+}
+
+/* Make sure that the base URL is known. RES_WAIT: api_step goes on. */
+static enum res api_resolve(struct api *a, int64_t now)
+{
+    sl name = { a->name, a->name_len };
+    const struct override *o = override_find(cfg.cs, cfg.cs_cnt, name);
+    struct name n;
+    a->used_at = now;
+    if (a->state == API_PENDING)
+        return RES_WAIT;
+    if (a->until > now)
+        return a->state == API_OK ? RES_OK : RES_FAILED;
+    if (o) {
+        a->state = API_OK;
+        a->until = INT64_MAX;
+        a->url = o->base.url;
+        a->is_tls = o->base.is_tls;
+        a->port = o->base.port;
+        a->trust = (struct trust){ CLASS_OPERATOR, true };
+        return RES_OK;
+    }
+    if (!name_parse(name, &n))
+        return RES_FAILED;
+    a->trust = name_trust(&n, name_is_listed(name));
+    a->lookup = lookup_open_client((uint16_t)api_idx(a), &n, now);
+    if (!a->lookup) {                   /* all lookups in use: soon again */
+        a->state = API_BAD;
+        a->until = now + 1000;
+        return RES_FAILED;
+    }
+    a->state = API_PENDING;
+    return RES_WAIT;
+}
+
+/* Use the end of a base URL's lookup. */
+static void api_resolved(struct api *a, int64_t now)
+{
+    struct lookup *l = a->lookup;
+    if (!l || (l->state != L_DONE && l->state != L_FAILED))
+        return;
+    bool ok = l->state == L_DONE && api_take_url(a, l->user, l->is_listed)
+        && host_is_public(l, &a->url.name);
+    if (l->state == L_DONE && !ok)
+        LOG(EV_REPLY_JSON, KV("server", (sl){ a->name, a->name_len }),
+            KV("step", SL("well-known")));
+    a->state = ok ? API_OK : API_BAD;
+    a->until = now + (ok ? LIM_API_OK_MS : LIM_API_BAD_MS);
+    lookup_close(l, now);
+    a->lookup = NULL;
+}
+
 /* ==== 19 LIVEKIT =================== PART II: MACHINES ================
  * Purpose  Calls of the SFU's RoomService (Twirp v8, protobuf).
  * Trust    The SFU is the operator's; its replies are still bounded.
  * INV-K1   Only lk_build_room asks for a room, and only an exchange of a
  *          full-access user calls it (section 22, exchange_room).
+ * INV-K2   Absent is what the SFU says in Twirp's own words; all else that
+ *          is no participant is unknown.
  */
 
 /* Append a Twirp request of the given method with its token and body. */
@@ -6633,17 +6812,20 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     bb_put(b, body);
 }
 
-/* Open a call at the SFU. NULL: none free. */
+/* Open a call at the SFU in the slots of exchanges or jobs. NULL: none
+ * free. */
 static struct up *lk_open(enum kind owner, uint16_t owner_idx,
     void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
 {
+    size_t from = owner == KIND_JOB ? LIM_UP_CNT + LIM_SFU_CNT : LIM_UP_CNT;
+    size_t to = owner == KIND_JOB ? LIM_UP_ALL : LIM_UP_CNT + LIM_SFU_CNT;
     struct up_call c = { .owner = owner, .owner_idx = owner_idx,
         .label = TL_SFU, .trust = { CLASS_OPERATOR, true },
         .is_tls = cfg.api.is_tls, .search = true,
         .host = cfg.api.url.name.host, .port = cfg.api.port,
         .cert_name = cfg.api.url.name.host, .reply_cap = LIM_RPC_LEN,
         .end = end, .build = build };
-    return up_open(&c, LIM_UP_CNT, LIM_UP_CNT + LIM_SFU_CNT, now);
+    return up_open(&c, from, to, now);
 }
 
 /* The `code` of a Twirp error, if it is one of Twirp's own words. */
@@ -6678,6 +6860,912 @@ static void lk_log(struct up *u, sl req)
                                          : (sl){ NULL, 0 }),
         KV("code", lk_code(u)));
 }
+
+enum presence { PRESENT, ABSENT, UNKNOWN };
+
+/* What an ended GetParticipant call says; sid borrows from its reply. */
+static enum presence lk_presence(struct up *u, sl *sid)
+{
+    struct participant p;
+    *sid = (sl){ NULL, 0 };
+    if (u->state != UP_DONE)
+        return UNKNOWN;
+    if (u->head.status != 200)
+        return sl_eq(lk_code(u), SL("not_found")) ? ABSENT : UNKNOWN;
+    if (!pb_participant_parse((sl){ up_body(u), u->intake.len }, &p))
+        return UNKNOWN;
+    *sid = p.sid;
+    return p.state == 3 ? ABSENT : PRESENT;     /* 3: disconnected */
+}
+
+/* ==== 21 JOBS ====================== PART II: MACHINES ================
+ * Purpose  Delegated delayed leave (MSC4140, MSC4195): postpone a user's
+ *          delayed event while the participant is on the SFU, send it when
+ *          the participant is gone.
+ * Trust    Requests are checked, webhooks verified, before they get here.
+ * Limits   LIM_JOB_*, the times of section 02; one job a key.
+ * INV-Q1   A job ends once: `sent`, or without any call.
+ * INV-Q2   An unknown presence alone never sends.
+ * INV-Q3   A job has at most one look-up and one delayed-event call out.
+ *
+ * row event                          J_WAITING      J_CONNECTED   J_LEAVING
+ * Q1  joined, or look-up finds it    J_CONNECTED    new sid       -
+ * Q2  left, CLIENT_INITIATED         -              J_LEAVING     -
+ * Q3  left otherwise, aborted        ended          J_LEAVING     -
+ * Q4  min(1 h, T) waited             J_LEAVING      -             -
+ * Q5  restart due                    -              look, restart -
+ * Q6  restart refused, deadline      -              ended         -
+ * Q7  sanity check: absent           -              J_LEAVING     -
+ * Q8  absent twice, 20 s apart       -              J_LEAVING     -
+ * Q9  sent, refused, budget spent    -              -             ended
+ * Q3 looks first: once for most reasons, for 20 s where the participant
+ * may be back (job_left). Q4, Q5 and Q9 are timed by job_clock.
+ */
+
+enum job_state { J_FREE, J_WAITING, J_CONNECTED, J_LEAVING };
+
+/* Why the SFU is asked. */
+enum job_check { CK_NONE, CK_WAIT, CK_RESTART, CK_SANITY, CK_ABSENT, CK_LEFT,
+    CK_DUPLICATE };
+
+/* What is wanted of the homeserver. */
+enum job_want { WANT_NONE, WANT_RESTART, WANT_SEND };
+
+/* What a delegation asks for; slices of the caller's. */
+struct job_params {
+    sl alias, identity[2], server, delay_id, user;
+    int64_t timeout_ms;              /* T, clamped */
+};
+
+/* One delegated leave.
+ * owner:    job_pool
+ * lifetime: job_accept to job_end */
+struct job {
+    uint8_t state, check;
+    uint8_t followed;                /* identity seen connected; 2: none */
+    uint8_t probe;                   /* identity being looked up */
+    bool first_unknown;              /* the first look-up of two failed */
+    bool has_restarted, is_second_try;
+    uint16_t api, next;              /* next: chain of the room, idx + 1 */
+    uint16_t id_len[2], server_len, delay_len, sid_len;
+    struct up *look, *call;
+    int64_t timeout_ms, wait_end, deadline, restart_at, sanity_at;
+    int64_t check_at, check_end, absent_at, send_end, connected_at;
+    int32_t look_wait_ms, call_wait_ms;       /* backoff of each series */
+    uint8_t alias[HASH_NAME_LEN], sid[LIM_SID_LEN];
+    uint8_t id[2][LIM_JOB_ID_LEN], server[LIM_NAME_LEN], delay_id[LIM_ID_LEN];
+};
+static struct job job_pool[LIM_JOB_CNT];
+_Static_assert(sizeof(struct job) <= 1280, "a job is small");
+
+/* What scans over all jobs read; index as job_pool. */
+static struct job_hot {
+    uint8_t want, is_used;
+    bool is_out;                     /* its call is under way */
+    uint16_t api;
+    uint64_t user;                   /* hash */
+    int64_t at;                      /* wanted from then on */
+    int64_t order;                   /* least goes first */
+} job_hot[LIM_JOB_CNT];
+static size_t job_top;               /* above the highest job in use */
+static uint16_t job_room[LIM_ROOM_HASH];
+static int64_t webhook_at, silence_told_at;
+
+static size_t job_idx(const struct job *j)
+{
+    return (size_t)(j - job_pool);
+}
+
+static struct job_hot *job_hot_of(const struct job *j)
+{
+    return &job_hot[job_idx(j)];
+}
+
+static uint16_t *job_chain(sl alias)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, alias };
+    hash_parts(part, 2, sum);
+    return &job_room[be16(sum) % LIM_ROOM_HASH];
+}
+
+static int64_t job_connected_cnt(void)
+{
+    int64_t n = 0;
+    for (size_t i = 0; i < job_top; i++)
+        n += job_pool[i].state == J_CONNECTED;
+    return n;
+}
+
+/* A random number in [lo, hi]. */
+static int64_t random_between(int64_t lo, int64_t hi)
+{
+    uint64_t dice;
+    io_random(&dice, sizeof dice);
+    return lo + (int64_t)(dice % (uint64_t)(hi - lo + 1));
+}
+
+/* The next wait of a series: 1 s, times 1.5, at most 60 s, 50 % jitter. */
+static int64_t backoff_next(int32_t *wait_ms)
+{
+    int64_t base = *wait_ms ? *wait_ms : LIM_BACKOFF_MIN_MS;
+    int64_t wait = random_between(base / 2, base * 3 / 2);
+    *wait_ms = (int32_t)(base * 3 / 2 > LIM_BACKOFF_MAX_MS
+        ? LIM_BACKOFF_MAX_MS : base * 3 / 2);
+    return wait < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait;
+}
+
+static void job_log(enum event ev, const struct job *j, const char *reason)
+{
+    LOG(ev, KV("server", (sl){ j->server, j->server_len }),
+        KV("room", (sl){ j->alias, HASH_NAME_LEN }),
+        KV("reason", sl_str(reason)));
+}
+
+/* Set the timer for the earliest thing that is due. */
+static void job_watch(const struct job *j)
+{
+    int64_t at = INT64_MAX;
+    if (j->state == J_WAITING)
+        at = j->wait_end;
+    if (j->state == J_CONNECTED) {
+        at = j->deadline;
+        if (job_hot_of(j)->want == WANT_NONE && j->restart_at < at)
+            at = j->restart_at;
+        if (cfg.sanity_s && j->sanity_at < at)
+            at = j->sanity_at;
+        if (j->absent_at && j->absent_at + LIM_ABSENT_MS < at)
+            at = j->absent_at + LIM_ABSENT_MS;
+    }
+    if (j->state != J_FREE && j->check != CK_NONE && !j->look
+        && j->check_at < at)
+        at = j->check_at;
+    loop_set(KIND_JOB, job_idx(j), -1, 0, at);
+}
+
+static void job_drop_look(struct job *j, int64_t now)
+{
+    if (j->look)
+        up_close(j->look, now);
+    j->look = NULL;
+    j->probe = 0;
+    j->first_unknown = false;
+}
+
+static void job_drop_call(struct job *j, int64_t now)
+{
+    if (!j->call)
+        return;
+    up_close(j->call, now);
+    j->call = NULL;
+    job_hot_of(j)->is_out = false;
+    api_pool[j->api].active--;
+}
+
+/* Free the job; calls under way are given up. */
+static void job_end(struct job *j, const char *reason, int64_t now)
+{
+    uint16_t *at = job_chain((sl){ j->alias, HASH_NAME_LEN });
+    if (reason)
+        job_log(EV_JOB_ENDED, j, reason);
+    while (*at != job_idx(j) + 1)
+        at = &job_pool[*at - 1].next;
+    *at = j->next;
+    job_drop_look(j, now);
+    job_drop_call(j, now);
+    api_pool[j->api].job_cnt--;
+    loop_wake(KIND_API, j->api);
+    job_hot[job_idx(j)] = (struct job_hot){ .want = WANT_NONE };
+    j->state = J_FREE;
+    job_watch(j);
+    met.gauge[GA_JOBS]--;
+    while (job_top && !job_hot[job_top - 1].is_used)
+        job_top--;
+}
+
+/* Queue a call at the homeserver. */
+static void job_want(struct job *j, enum job_want want, int64_t at)
+{
+    struct job_hot *h = job_hot_of(j);
+    h->want = (uint8_t)want;
+    h->at = at;
+    h->order = want == WANT_SEND ? INT64_MIN + j->send_end : j->deadline;
+    loop_wake(KIND_API, j->api);
+}
+
+/* Ask the SFU, at once; a check under way gives way. */
+static void job_look(struct job *j, enum job_check check, int64_t now)
+{
+    job_drop_look(j, now);
+    j->check = (uint8_t)check;
+    j->check_at = now;
+    j->look_wait_ms = 0;
+    loop_wake(KIND_JOB, job_idx(j));
+}
+
+/* Row Q1. which: the identity seen. */
+static void job_connect(struct job *j, unsigned which, sl sid, int64_t now)
+{
+    if (sid.len && sid.len <= LIM_SID_LEN) {
+        j->sid_len = (uint16_t)sid.len;
+        memcpy(j->sid, sid.p, sid.len);
+    }
+    j->followed = (uint8_t)which;
+    j->absent_at = 0;
+    j->check = CK_NONE;
+    if (j->state == J_CONNECTED)
+        return;
+    j->state = J_CONNECTED;
+    j->connected_at = now;
+    j->deadline = now + j->timeout_ms;
+    j->sanity_at = now + cfg.sanity_s * 1000;
+    job_log(EV_JOB_CONNECTED, j, "");
+    job_want(j, WANT_RESTART, now);
+}
+
+/* Go to J_LEAVING and send. An unfinished restart is given up. */
+static void job_leave(struct job *j, const char *reason, int64_t now)
+{
+    bool was_connected = j->state == J_CONNECTED;
+    int64_t budget = was_connected ? j->deadline - now : 0;
+    budget = budget < 1000 ? 1000
+        : budget > LIM_SEND_MAX_MS ? LIM_SEND_MAX_MS : budget;
+    job_drop_look(j, now);
+    job_drop_call(j, now);
+    j->check = CK_NONE;
+    j->state = J_LEAVING;
+    j->send_end = now + budget;
+    j->call_wait_ms = 0;
+    job_log(EV_JOB_LEAVING, j, reason);
+    job_want(j, WANT_SEND, now);
+}
+
+/* Row Q3, after looking. */
+static void job_gone(struct job *j, int64_t now)
+{
+    if (j->state == J_WAITING)
+        job_end(j, "left before it was seen connected", now);
+    else if (j->state == J_CONNECTED)
+        job_leave(j, "left", now);
+}
+
+/* The SFU was asked about all watched identities. */
+static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
+{
+    enum job_check check = (enum job_check)j->check;
+    int64_t wait = backoff_next(&j->look_wait_ms);
+    if (p == UNKNOWN)
+        job_log(EV_PRESENCE_UNKNOWN, j, "");
+    if (p == PRESENT)
+        job_connect(j, j->probe, sid, now);
+    switch (check) {
+    case CK_NONE:
+        return;
+    case CK_WAIT:
+        j->check_at = now + wait;
+        return;
+    case CK_RESTART:
+        j->check = CK_NONE;
+        if (p == ABSENT && j->absent_at
+            && now >= j->absent_at + LIM_ABSENT_MS) {
+            job_leave(j, "absent", now);
+            return;
+        }
+        if (p == ABSENT && !j->absent_at)
+            j->absent_at = now;
+        job_want(j, WANT_RESTART, now);
+        return;
+    case CK_SANITY:
+        j->check = CK_NONE;
+        if (p == ABSENT)
+            job_leave(j, "absent", now);
+        return;
+    case CK_ABSENT:
+        j->check = CK_NONE;
+        if (p == UNKNOWN)
+            j->absent_at = 0;            /* unconfirmed: start over */
+        else if (p == ABSENT && j->absent_at
+                 && now >= j->absent_at + LIM_ABSENT_MS)
+            job_leave(j, "absent", now);
+        else if (p == ABSENT && !j->absent_at)
+            j->absent_at = now;
+        return;
+    case CK_LEFT:
+    case CK_DUPLICATE:
+        if (p == PRESENT)
+            return;
+        if (now >= j->check_end || (p == ABSENT && check == CK_LEFT)) {
+            job_gone(j, now);
+            return;
+        }
+        if (p == ABSENT && now + wait > j->check_end)
+            wait = j->check_end - now;
+        j->check_at = now + wait;
+        return;
+    }
+}
+
+static void job_build_look(uint16_t idx, struct bb *b)
+{
+    const struct job *j = &job_pool[idx];
+    uint8_t text[HASH_NAME_LEN + LIM_JOB_ID_LEN + 8];
+    struct bb body = BB(text);
+    sl alias = { j->alias, HASH_NAME_LEN };
+    pb_participant(&body, alias, (sl){ j->id[j->probe],
+        j->id_len[j->probe] });
+    lk_put(b, "GetParticipant", alias, (sl){ text, body.len },
+        (sl){ NULL, 0 });
+}
+
+/* Use an ended look-up; the second identity comes after the first. */
+static void job_look_ended(struct job *j, int64_t now)
+{
+    sl sid;
+    uint8_t copy[LIM_SID_LEN];
+    enum presence p = lk_presence(j->look, &sid);
+    bool both = j->followed == 2 && j->id_len[1] > 0;
+    if (p == UNKNOWN && j->look->state == UP_DONE
+        && j->look->head.status == 401)
+        lk_log(j->look, (sl){ NULL, 0 });
+    sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
+    if (sid.len)
+        memcpy(copy, sid.p, sid.len);
+    up_close(j->look, now);
+    j->look = NULL;
+    if (p != PRESENT && both && j->probe == 0) {
+        j->first_unknown = p == UNKNOWN;
+        j->probe = 1;
+        j->check_at = now;
+        return;
+    }
+    if (p == ABSENT && j->first_unknown)
+        p = UNKNOWN;
+    j->first_unknown = false;
+    job_looked(j, p, (sl){ copy, sid.len }, now);
+    if (j->state != J_FREE && !j->look)
+        j->probe = j->followed == 1;
+}
+
+/* Start the look-up that is due. */
+static void job_start_look(struct job *j, int64_t now)
+{
+    if (j->check == CK_NONE || j->look || now < j->check_at)
+        return;
+    if (j->followed < 2)
+        j->probe = j->followed;
+    j->look = lk_open(KIND_JOB, (uint16_t)job_idx(j), job_build_look,
+        now + LIM_RPC_MS, now);
+    if (!j->look)
+        j->check_at = now + random_between(200, 400);
+}
+
+/* ---- delayed events ---- */
+
+/* The homeserver's answer, judged by PROTOCOL section 8. */
+enum outcome { OUT_DONE, OUT_PERMANENT, OUT_TRANSIENT, OUT_LIMITED,
+    OUT_OTHER_PATH };
+
+struct delayed_error { sl errcode; struct js_int retry_after_ms; };
+
+/* Judge an ended call. *wait_ms is set for OUT_LIMITED. */
+static enum outcome delayed_judge(struct up *u, bool is_send,
+    bool is_stable, struct delayed_error *e, int64_t *wait_ms)
+{
+    static const struct js_field field[] = {
+        { "errcode", JS_STRING, offsetof(struct delayed_error, errcode),
+          NULL },
+        { "retry_after_ms", JS_INT,
+          offsetof(struct delayed_error, retry_after_ms), NULL } };
+    static const struct js_table tab = { field, 2, false, false };
+    *e = (struct delayed_error){ .errcode = { NULL, 0 } };
+    if (u->state != UP_DONE)
+        return OUT_TRANSIENT;
+    unsigned st = u->head.status;
+    bool json = js_parse(up_body(u), u->intake.len, &tab, e) == 0;
+    *wait_ms = retry_after_ms(up_field(u, H1_RETRY_AFTER),
+        io_wall_ms() / 1000);
+    if (st < 300)
+        return OUT_DONE;
+    if (st == 404 && !json && u->intake.len)
+        return OUT_TRANSIENT;                  /* an intermediary's page */
+    if (st == 404 && sl_eq(e->errcode, SL("M_UNRECOGNIZED")))
+        return is_stable ? OUT_PERMANENT : OUT_OTHER_PATH;
+    if (st == 404)
+        return is_send ? OUT_DONE : OUT_PERMANENT;
+    if (st == 429 && *wait_ms < 0 && e->retry_after_ms.v > 0)
+        *wait_ms = (e->retry_after_ms.over || e->retry_after_ms.v > 86400000)
+            ? 86400000 : (e->retry_after_ms.v + 999) / 1000 * 1000;
+    if (st == 429)
+        return *wait_ms >= 0 ? OUT_LIMITED : OUT_TRANSIENT;
+    if (st == 408 || st == 421 || st == 423 || st == 425 || st >= 500
+        || st < 400)
+        return OUT_TRANSIENT;
+    return OUT_PERMANENT;
+}
+
+/* Where a 307 or 308 pointed; one at a time, repeated at once. */
+static struct { bool is_set; uint16_t job; size_t len;
+    uint8_t path[LIM_URL_LEN]; } redirect;
+
+static void job_build_call(uint16_t idx, struct bb *b)
+{
+    const struct job *j = &job_pool[idx];
+    const struct api *a = &api_pool[j->api];
+    bb_str(b, "POST ");
+    if (redirect.is_set && redirect.job == idx) {
+        bb_put(b, (sl){ redirect.path, redirect.len });
+    } else {
+        bb_put(b, a->url.path);
+        bb_str(b, a->is_stable ? "/_matrix/client/v1/delayed_events/"
+            : "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/");
+        bb_percent(b, (sl){ j->delay_id, j->delay_len });
+        bb_str(b, job_hot[idx].want == WANT_SEND ? "/send" : "/restart");
+    }
+    bb_str(b, " HTTP/1.1\r\nHost: ");
+    bb_put(b, a->url.name.whole);
+    bb_str(b, "\r\nContent-Type: application/json\r\nAccept: "
+        "application/json\r\nUser-Agent: lkjwt/" LKJWT_VERSION
+        "\r\nContent-Length: 2\r\n\r\n{}");
+}
+
+/* Start the call that a job wants. False: no slot free. */
+MUST_USE static bool job_start_call(struct job *j, int64_t now)
+{
+    struct api *a = &api_pool[j->api];
+    struct up_call c = { .owner = KIND_JOB, .owner_idx = (uint16_t)job_idx(j),
+        .label = TL_DELAYED_EVENT, .trust = a->trust, .is_tls = a->is_tls,
+        .host = a->url.name.host, .port = a->port,
+        .cert_name = a->url.name.host, .reply_cap = LIM_RPC_LEN,
+        .end = now + LIM_DELAYED_MS, .build = job_build_call };
+    c.search = a->trust.class == CLASS_OPERATOR
+        || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
+    j->call = up_open(&c, LIM_UP_CNT + LIM_SFU_CNT, LIM_UP_ALL, now);
+    if (!j->call)
+        return false;
+    job_hot_of(j)->is_out = true;
+    a->active++;
+    return true;
+}
+
+/* Take a redirect to the same scheme, host and port, once (PROTOCOL 8). */
+MUST_USE static bool job_redirect(const struct job *j)
+{
+    const struct api *a = &api_pool[j->api];
+    const struct up *u = j->call;
+    sl to = up_field(u, H1_LOCATION), path = to;
+    struct url url;
+    if (j->is_second_try || (u->head.status != 307 && u->head.status != 308))
+        return false;
+    if (!sl_starts(to, SL("/")) || sl_starts(to, SL("//"))) {
+        if (!url_parse(to, &url)
+            || !sl_ieq(url.scheme, a->is_tls ? SL("https") : SL("http"))
+            || !sl_ieq(url.name.host, a->url.name.host)
+            || (url.name.port ? url.name.port : a->is_tls ? 443 : 80)
+               != a->port)
+            return false;
+        path = url.rest;
+    }
+    for (size_t i = 0; i < path.len; i++)
+        if (path.p[i] <= 0x20 || path.p[i] >= 0x7f || path.p[i] == '#')
+            return false;
+    if (!sl_starts(path, SL("/")) || path.len > sizeof redirect.path)
+        return false;
+    redirect.is_set = true;
+    redirect.job = (uint16_t)job_idx(j);
+    redirect.len = path.len;
+    memcpy(redirect.path, path.p, path.len);
+    return true;
+}
+
+/* A restart or send is done. */
+static void job_done(struct job *j, bool is_send, int64_t now)
+{
+    j->call_wait_ms = 0;
+    if (is_send) {
+        job_log(EV_JOB_SENT, j, "");
+        job_end(j, "sent", now);
+        return;
+    }
+    int64_t wait = random_between(j->timeout_ms * 6 / 10,
+        j->timeout_ms * 8 / 10);
+    j->has_restarted = true;
+    j->deadline = now + j->timeout_ms;
+    j->restart_at = now + (wait < LIM_RESTART_MIN_MS ? LIM_RESTART_MIN_MS
+        : wait);
+    job_hot_of(j)->want = WANT_NONE;
+    job_log(EV_JOB_RESTARTED, j, "");
+}
+
+/* A restart or send failed for now: again after wait_ms, within the
+ * budget. A restart's runs to the deadline, which job_clock watches. */
+static void job_again(struct job *j, bool is_send, int64_t wait_ms,
+    int64_t now)
+{
+    wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
+    if (is_send && now + wait_ms > j->send_end)
+        job_end(j, "no answer within the budget", now);
+    else
+        job_want(j, is_send ? WANT_SEND : WANT_RESTART, now + wait_ms);
+}
+
+/* An errcode as it may stand in a log (T11): M_ and upper-case letters. */
+static sl log_errcode(sl code)
+{
+    bool ok = sl_starts(code, SL("M_")) && code.len <= 42;
+    for (size_t i = 0; i < code.len; i++)
+        ok &= code.p[i] == '_' || (code.p[i] >= 'A' && code.p[i] <= 'Z');
+    return ok ? code : (sl){ NULL, 0 };
+}
+
+static void job_log_failed(const struct job *j, enum outcome got,
+    bool is_send, sl errcode)
+{
+    struct up *u = j->call;
+    uint8_t addr[64], num[20];
+    LOG(EV_DELAYED_EVENT_FAILED, KV("server", (sl){ j->server,
+            j->server_len }),
+        KV("action", is_send ? SL("send") : SL("restart")),
+        KV("outcome", got == OUT_PERMANENT ? SL("permanent")
+           : got == OUT_LIMITED ? SL("limited") : SL("transient")),
+        KV("step", u->state == UP_FAILED ? sl_str(u->step) : SL("http")),
+        KV("addr", u->has_addr ? text_addr(addr, &u->addr)
+                               : (sl){ NULL, 0 }),
+        KV("status", u->state == UP_DONE ? text_u64(num, u->head.status)
+                                         : (sl){ NULL, 0 }),
+        KV("errcode", log_errcode(errcode)),
+        KV("hint", u->state == UP_DONE && u->head.status == 401
+           ? SL("the homeserver wants authentication for delayed events")
+           : (sl){ NULL, 0 }));
+}
+
+/* The pace of an API after an answer: halved by a 429, raised by success. */
+static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
+    int64_t now)
+{
+    if (got == OUT_LIMITED) {
+        wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
+        a->interval_ms = a->interval_ms < 125 ? 250
+            : a->interval_ms > 4000 ? 8000 : a->interval_ms * 2;
+        if (now + wait_ms > a->next_at)
+            a->next_at = now + wait_ms;
+    } else if (got == OUT_DONE) {
+        a->interval_ms -= a->interval_ms / 8 + (a->interval_ms > 0);
+    }
+}
+
+/* Use an ended delayed-event call. */
+static void job_call_ended(struct job *j, int64_t now)
+{
+    struct api *a = &api_pool[j->api];
+    bool is_send = job_hot_of(j)->want == WANT_SEND, stable = a->is_stable;
+    struct delayed_error e;
+    int64_t wait_ms = 0;
+    enum outcome got = delayed_judge(j->call, is_send, stable, &e, &wait_ms);
+    bool again = got == OUT_OTHER_PATH || job_redirect(j);
+    if (got != OUT_DONE && !again)
+        job_log_failed(j, got, is_send, e.errcode);
+    a->is_stable |= got == OUT_OTHER_PATH;
+    job_drop_call(j, now);
+    if (again && job_start_call(j, now)) {
+        j->is_second_try = got != OUT_OTHER_PATH;
+        redirect.is_set &= got != OUT_OTHER_PATH;
+        return;
+    }
+    redirect.is_set &= redirect.job != job_idx(j);
+    j->is_second_try = false;
+    api_pace(a, got, wait_ms, now);
+    loop_wake(KIND_API, j->api);
+    switch (got) {
+    case OUT_DONE:
+        job_done(j, is_send, now);
+        return;
+    case OUT_PERMANENT:
+        job_end(j, "refused by the homeserver", now);
+        return;
+    case OUT_LIMITED:
+        j->call_wait_ms = 0;
+        job_again(j, is_send, wait_ms, now);
+        return;
+    case OUT_TRANSIENT:
+    case OUT_OTHER_PATH:
+        job_again(j, is_send, backoff_next(&j->call_wait_ms), now);
+        return;
+    }
+}
+
+/* The job of an API whose call is next, or NULL; *at: when one is due. */
+static struct job *job_pick(const struct api *a, int64_t now, int64_t *at)
+{
+    uint16_t api = (uint16_t)api_idx(a);
+    size_t best = job_top;
+    *at = INT64_MAX;
+    for (size_t i = 0; i < job_top; i++) {
+        const struct job_hot *h = &job_hot[i];
+        if (!h->is_used || h->api != api || h->want == WANT_NONE || h->is_out)
+            continue;
+        if (h->at > now)
+            *at = h->at < *at ? h->at : *at;
+        else if (best == job_top || h->order < job_hot[best].order)
+            best = i;
+    }
+    return best < job_top ? &job_pool[best] : NULL;
+}
+
+/* Start what an API's pace allows. */
+static void job_run_queue(struct api *a, int64_t now)
+{
+    int64_t at = INT64_MAX;
+    struct job *j;
+    while ((j = job_pick(a, now, &at)) != NULL) {
+        enum res got = api_resolve(a, now);
+        at = INT64_MAX;
+        if (got == RES_WAIT)
+            break;
+        if (got == RES_FAILED) {             /* transient, for each of them */
+            job_again(j, job_hot_of(j)->want == WANT_SEND,
+                backoff_next(&j->call_wait_ms), now);
+            continue;
+        }
+        if (a->active >= LIM_API_CALLS)      /* an ended call wakes us */
+            break;
+        if (now < a->next_at) {
+            at = a->next_at;
+            break;
+        }
+        if (!job_start_call(j, now)) {
+            at = now + 200;
+            break;
+        }
+        a->next_at = now + a->interval_ms;
+    }
+    loop_set(KIND_API, api_idx(a), -1, 0, at);
+}
+
+/* ---- events and time ---- */
+
+/* What a webhook says; slices borrow from its body. */
+struct webhook {
+    sl event, id, dropped;
+    sl room, identity, sid, reason, reason_old;
+};
+
+/* Read a webhook's body (PROTOCOL section 10). */
+MUST_USE static bool webhook_parse(uint8_t *body_raw, size_t len,
+    struct webhook *w)
+{
+#define AT(member) offsetof(struct webhook, member)
+    static const struct js_field room_field[] = {
+        { "name", JS_STRING, AT(room), NULL } };
+    static const struct js_table room = { room_field, 1, false, false };
+    static const struct js_field who_field[] = {
+        { "identity", JS_STRING, AT(identity), NULL },
+        { "sid", JS_STRING, AT(sid), NULL },
+        { "disconnectReason", JS_TEXT, AT(reason), NULL },
+        { "disconnect_reason", JS_TEXT, AT(reason_old), NULL } };
+    static const struct js_table who = { who_field, 4, false, false };
+    static const struct js_field field[] = {
+        { "event", JS_STRING, AT(event), NULL },
+        { "id", JS_STRING, AT(id), NULL },
+        { "numDropped", JS_TEXT, AT(dropped), NULL },
+        { "room", JS_OBJECT, 0, &room },
+        { "participant", JS_OBJECT, 0, &who } };
+    static const struct js_table tab = { field, 5, false, false };
+#undef AT
+    memset(w, 0, sizeof *w);
+    return js_parse(body_raw, len, &tab, w) == 0;
+}
+
+/* Rows Q2 and Q3: a watched participant is said to have left. */
+static void job_left(struct job *j, const struct webhook *w, bool aborted,
+    int64_t now)
+{
+    unsigned reason = disconnect_reason(w->reason.len ? w->reason
+        : w->reason_old);
+    bool other_sid = w->sid.len && j->sid_len
+        && !sl_eq(w->sid, (sl){ j->sid, j->sid_len });
+    bool maybe_back = reason == 2 || reason == 3 || reason == 6
+        || reason == 8;                  /* or moved to another node */
+    bool sure = reason == 1 || reason == 4 || reason == 5 || reason == 10;
+    if (j->state == J_LEAVING)
+        return;
+    if (other_sid || maybe_back) {
+        j->check_end = now + LIM_ABSENT_MS;
+        job_look(j, CK_DUPLICATE, now);
+    } else if (aborted || !sure) {
+        j->check_end = now + j->timeout_ms;
+        job_look(j, CK_LEFT, now);
+    } else if (reason == 1 && j->state == J_WAITING) {
+        return;                          /* it may have just begun */
+    } else {
+        job_gone(j, now);
+    }
+}
+
+/* Give one verified webhook to the jobs of its room. */
+static void job_webhook(const struct webhook *w, int64_t now)
+{
+    uint64_t dropped;
+    bool joined = sl_eq(w->event, SL("participant_joined"));
+    bool left = sl_eq(w->event, SL("participant_left"));
+    bool aborted = sl_eq(w->event, SL("participant_connection_aborted"));
+    bool started = sl_eq(w->event, SL("room_started"));
+    bool lost = sl_u64(w->dropped, INT32_MAX, &dropped) && dropped > 0;
+    webhook_at = now;
+    for (size_t i = 0; lost && i < job_top; i++)
+        if (job_pool[i].state == J_CONNECTED && job_pool[i].check == CK_NONE) {
+            job_pool[i].check = CK_ABSENT;
+            job_pool[i].check_at = now + random_between(0, 5000);
+            job_watch(&job_pool[i]);
+        }
+    if (w->room.len == 0 || !(joined || left || aborted || started))
+        return;
+    uint16_t next;
+    for (uint16_t at = *job_chain(w->room); at; at = next) {
+        struct job *j = &job_pool[at - 1];
+        next = j->next;
+        if (!sl_eq(w->room, (sl){ j->alias, HASH_NAME_LEN }))
+            continue;
+        if (started && j->state == J_CONNECTED && j->check == CK_NONE)
+            job_look(j, CK_ABSENT, now);
+        unsigned which = 0;
+        while (which < 2 && (w->identity.len == 0 || !sl_eq(w->identity,
+                   (sl){ j->id[which], j->id_len[which] })))
+            which++;
+        if (which == 2 || (j->followed < 2 && j->followed != which))
+            continue;
+        if (joined && j->state != J_LEAVING) {
+            job_drop_look(j, now);
+            job_connect(j, which, w->sid, now);
+        } else if (left || aborted) {
+            job_left(j, w, aborted, now);
+        }
+        if (j->state != J_FREE)
+            job_watch(j);
+    }
+}
+
+/* A connected job and no webhook for LIM_SILENCE_MS: told as often. */
+static void job_tell_silence(const struct job *j, int64_t now)
+{
+    int64_t since = webhook_at > j->connected_at ? webhook_at
+        : j->connected_at;
+    if (now - since < LIM_SILENCE_MS
+        || now - silence_told_at < LIM_SILENCE_MS)
+        return;
+    silence_told_at = now;
+    job_log(EV_NO_WEBHOOK, j, "");
+}
+
+/* What is due by the clock: rows Q4 to Q7. */
+static void job_clock(struct job *j, int64_t now)
+{
+    if (j->state == J_WAITING && now >= j->wait_end) {
+        job_leave(j, "never connected", now);
+        return;
+    }
+    if (j->state != J_CONNECTED)
+        return;
+    job_tell_silence(j, now);
+    if (now >= j->deadline) {
+        job_end(j, "deadline passed", now);
+        return;
+    }
+    if (j->check != CK_NONE)
+        return;
+    if (job_hot_of(j)->want == WANT_NONE && now >= j->restart_at)
+        job_look(j, CK_RESTART, now);
+    else if (j->absent_at && now >= j->absent_at + LIM_ABSENT_MS)
+        job_look(j, CK_ABSENT, now);
+    else if (cfg.sanity_s && now >= j->sanity_at)
+        job_look(j, CK_SANITY, now);
+    if (cfg.sanity_s && now >= j->sanity_at)
+        j->sanity_at = now + cfg.sanity_s * 1000;
+}
+
+static bool up_is_over(const struct up *u)
+{
+    return u && (u->state == UP_DONE || u->state == UP_FAILED);
+}
+
+/* Move a job on after a wake or at a time. */
+static enum step job_step(size_t idx, int revents, int64_t now)
+{
+    struct job *j = &job_pool[idx];
+    (void)revents;
+    if (j->state != J_FREE && up_is_over(j->look))
+        job_look_ended(j, now);
+    if (j->state != J_FREE && up_is_over(j->call))
+        job_call_ended(j, now);
+    if (j->state != J_FREE)
+        job_clock(j, now);
+    if (j->state != J_FREE)
+        job_start_look(j, now);
+    if (j->state != J_FREE)
+        job_watch(j);
+    return STEP_WAIT;
+}
+
+/* The job of a key, or NULL. */
+static struct job *job_find(sl alias, sl identity)
+{
+    for (uint16_t at = *job_chain(alias); at; at = job_pool[at - 1].next) {
+        struct job *j = &job_pool[at - 1];
+        if (sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
+            && sl_eq(identity, (sl){ j->id[0], j->id_len[0] }))
+            return j;
+    }
+    return NULL;
+}
+
+/* Whether a delegation exceeds a cap: EV_JOBS_FULL, EV_JOBS_USER, or
+ * EV_NONE. One that replaces a job never does. */
+static enum event job_refuses(const struct job_params *p)
+{
+    uint64_t user = dest_hash(p->user);
+    int64_t all = 0, same = 0, server = 0;
+    if (job_find(p->alias, p->identity[0]))
+        return EV_NONE;
+    for (size_t i = 0; i < job_top; i++) {
+        all += job_hot[i].is_used;
+        same += job_hot[i].is_used && job_hot[i].user == user;
+        server += job_hot[i].is_used && sl_eq(p->server,
+            (sl){ job_pool[i].server, job_pool[i].server_len });
+    }
+    if (all >= cfg.jobs_max || (cfg.is_open && server >= LIM_JOB_SERVER))
+        return EV_JOBS_FULL;
+    return same >= cfg.jobs_per_user ? EV_JOBS_USER : EV_NONE;
+}
+
+static void job_copy(uint8_t *to, uint16_t *len, sl s)
+{
+    *len = (uint16_t)s.len;
+    if (s.len)
+        memcpy(to, s.p, s.len);
+}
+
+/* Start a job; one with the same key is replaced silently. False: full. */
+MUST_USE static bool job_accept(const struct job_params *p, struct api *a,
+    int64_t now)
+{
+    struct job *old = job_find(p->alias, p->identity[0]);
+    if (job_refuses(p) != EV_NONE)
+        return false;
+    if (old) {
+        job_log(EV_JOB_REPLACED, old, "");
+        job_end(old, NULL, now);
+    }
+    size_t i = 0;
+    while (i < LIM_JOB_CNT && job_pool[i].state != J_FREE)
+        i++;
+    if (i == LIM_JOB_CNT)
+        return false;
+    struct job *j = &job_pool[i];
+    memset(j, 0, sizeof *j);
+    j->state = J_WAITING;
+    j->followed = p->identity[1].len ? 2 : 0;
+    j->api = (uint16_t)api_idx(a);
+    j->timeout_ms = p->timeout_ms;
+    j->wait_end = now + (p->timeout_ms < LIM_WAIT_MS ? p->timeout_ms
+        : LIM_WAIT_MS);
+    memcpy(j->alias, p->alias.p, HASH_NAME_LEN);
+    job_copy(j->id[0], &j->id_len[0], p->identity[0]);
+    job_copy(j->id[1], &j->id_len[1], p->identity[1]);
+    job_copy(j->server, &j->server_len, p->server);
+    job_copy(j->delay_id, &j->delay_len, p->delay_id);
+    uint16_t *chain = job_chain(p->alias);
+    j->next = *chain;
+    *chain = (uint16_t)(i + 1);
+    job_hot[i] = (struct job_hot){ .is_used = 1, .api = j->api,
+        .user = dest_hash(p->user) };
+    job_top = i >= job_top ? i + 1 : job_top;
+    a->job_cnt++;
+    met.gauge[GA_JOBS]++;
+    job_log(EV_JOB_NEW, j, "");
+    job_look(j, CK_WAIT, now);
+    job_watch(j);
+    return true;
+}
+
 
 /* ==== 22 SERVER ==================== PART II: MACHINES ================
  * Purpose  Client connections, routes, and the token exchange.
@@ -6731,6 +7819,7 @@ static const struct route {
     const char *path, *allow;
     uint8_t methods;
     bool is_cors;                    /* JSON endpoint: CORS on all replies */
+    size_t body_cap;                 /* POST; 0: LKJWT_MAX_BODY */
     bool is_metrics;                 /* on the metrics listener instead */
     enum route_label label;
     void (*start)(struct conn *c, int64_t now);
@@ -7074,12 +8163,35 @@ static void conn_request_id(struct conn *c, sl in)
     if (request_id_check(given)) {
         c->req_len = (uint8_t)given.len;
         memcpy(c->req, given.p, given.len);
-    } else if (!c->route || c->route->is_cors) {
+    } else if (!c->route || c->route->methods & M_POST) {
         io_random(raw, sizeof raw);
         c->req_len = 16;
         for (size_t i = 0; i < 16; i++)
             c->req[i] = (uint8_t)hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
     }
+}
+
+/* A body that cannot be taken. LiveKit gets 200 for one too large, lest it
+ * send it again, and 503 for one that found no buffer, so that it does. */
+static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
+{
+    uint8_t bit = method_bit(h1_slice((sl){ conn_in[conn_idx(c)],
+        c->in_len }, c->head.method));
+    if (ev != EV_BODY_LIMIT && ev != EV_BODY_POOL) {
+        conn_refuse(c, ev, now);
+        return;
+    }
+    c->is_keep = false;
+    c->is_refused = true;
+    LOG(ev, KV("req", ((sl){ c->req, c->req_len })));
+    if (!c->route || !(c->route->methods & M_POST) || bit != M_POST)
+        conn_dispatch(c, now);
+    else if (!c->route->is_cors)
+        conn_answer(c, &(struct answer){ ev == EV_BODY_LIMIT ? 200 : 503, "",
+            { NULL, 0 } }, now);
+    else
+        conn_error(c, ev == EV_BODY_LIMIT ? RE_TOO_LARGE : RE_LIMITED, NULL,
+            now);
 }
 
 /* A complete head: decide framing, route and whether a body is read. */
@@ -7111,19 +8223,18 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_error(c, RE_BUSY, NULL, now);
         return;
     }
-    bool wanted = c->route && c->route->is_cors
+    bool wanted = c->route && c->route->methods & M_POST
         && method_bit(h1_slice(in, c->head.method)) == M_POST;
-    size_t limit = wanted ? (size_t)cfg.max_body : LIM_BODY_LEN;
+    size_t limit = !wanted ? LIM_BODY_LEN : c->route->body_cap
+        ? c->route->body_cap : (size_t)cfg.max_body;
     intake_start(&c->body, body, limit);
     c->is_keep = true;
     if (body.len > limit || (has_expect && !wanted && !c->body.is_done)) {
         c->is_keep = false;
-        if (wanted) {
-            LOG(EV_BODY_LIMIT, KV("req", ((sl){ c->req, c->req_len })));
-            conn_error(c, RE_TOO_LARGE, NULL, now);
-        } else {
+        if (wanted)
+            conn_body_failed(c, EV_BODY_LIMIT, now);
+        else
             conn_dispatch(c, now);
-        }
         return;
     }
     if (has_expect && !c->body.is_done && c->in_len == head_len) {
@@ -7135,25 +8246,6 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
     }
     c->state = C_BODY;
     c->end = now + LIM_BODY_MS;
-}
-
-/* A body that cannot be taken. */
-static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
-{
-    bool json = c->route && c->route->is_cors;
-    if (ev != EV_BODY_LIMIT && ev != EV_BODY_POOL) {
-        conn_refuse(c, ev, now);
-        return;
-    }
-    c->is_keep = false;
-    c->is_refused = true;
-    LOG(ev, KV("req", ((sl){ c->req, c->req_len })));
-    if (!json || method_bit(h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
-                                     c->head.method)) != M_POST)
-        conn_dispatch(c, now);
-    else
-        conn_error(c, ev == EV_BODY_LIMIT ? RE_TOO_LARGE : RE_LIMITED, NULL,
-            now);
 }
 
 /* Use what has arrived: at most one request. False: more must arrive. */
@@ -7365,6 +8457,7 @@ static void srv_metrics(struct conn *c, int64_t now)
         met.gauge[GA_IDLE] += chan_pool[i].state == CHAN_IDLE;
     met.gauge[GA_ANCHORS] = anchor_set[anchor_now].cnt;
     met.gauge[GA_STOPPING] = srv_stopping > 0;
+    met.gauge[GA_CONNECTED] = job_connected_cnt();
     met_put(&b, &met);
     conn_answer(c, &(struct answer){ b.over ? 500 : 200,
         "Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n",
@@ -7374,16 +8467,23 @@ static void srv_metrics(struct conn *c, int64_t now)
 static void srv_get_token(struct conn *c, int64_t now);
 static void srv_sfu_get(struct conn *c, int64_t now);
 
+static void srv_delegate(struct conn *c, int64_t now);
+static void srv_webhook(struct conn *c, int64_t now);
+
 static const struct route route_tab[] = {
-    { "/get_token", "Allow: OPTIONS, POST\r\n", M_POST, true, false,
+    { "/get_token", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
       RL_GET_TOKEN, srv_get_token },
-    { "/sfu/get", "Allow: OPTIONS, POST\r\n", M_POST, true, false,
+    { "/sfu/get", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
       RL_SFU_GET, srv_sfu_get },
-    { "/healthz", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, false,
+    { "/delegate_delayed_leave", "Allow: OPTIONS, POST\r\n", M_POST, true, 0,
+      false, RL_DELEGATE, srv_delegate },
+    { "/sfu_webhook", "Allow: POST\r\n", M_POST, false, LIM_HUGE_LEN, false,
+      RL_WEBHOOK, srv_webhook },
+    { "/healthz", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, false,
       RL_HEALTHZ, srv_healthz },
-    { "/metrics", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, true,
+    { "/metrics", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, true,
       RL_METRICS, srv_metrics },
-    { NULL, NULL, 0, false, false, RL_OTHER, NULL },
+    { NULL, NULL, 0, false, 0, false, RL_OTHER, NULL },
 };
 
 /* ---- the token exchange ----------------------------------------------
@@ -7393,9 +8493,12 @@ static const struct route route_tab[] = {
  * X3  X_ROOM_WAIT  an SFU slot      X4            500 after 10 s
  * X4  X_ROOM       section 19       reply         X5 once, then 500
  * X5  X_ROOM_PAUSE 200 ms           X4            -
+ * X6  X_API        section 18, APIs X3, reply     400
+ * X6 stands between X2 and X3 when a delayed event is handed over.
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
-    X_ROOM_PAUSE };
+    X_ROOM_PAUSE, X_API };
+enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE };
 
 /* A token request's members; slices borrow from the request body. */
 struct request {
@@ -7410,7 +8513,9 @@ struct request {
  * lifetime: exchange_start to exchange_end */
 static struct exchange {
     enum exchange_state state;
-    bool is_legacy, is_full, is_listed, has_retried;
+    enum endpoint endpoint;
+    bool is_full, is_listed, has_retried;
+    struct api *api;
     struct request r;
     struct name name;
     uint64_t dest;
@@ -7444,6 +8549,7 @@ static const struct js_field get_token_field[] = {
     { "delay_timeout", JS_INT, AT(delay_timeout), NULL },
     { "delay_cs_api_url", JS_ANY, 0, NULL },
 };
+/* /delegate_delayed_leave takes the same members. */
 static const struct js_table get_token_table = { get_token_field,
     COUNT_OF(get_token_field), true, true };
 static const struct js_field sfu_get_field[] = {
@@ -7488,7 +8594,7 @@ MUST_USE static bool request_check_fields(struct conn *c,
 {
     char text[80];
     for (size_t i = 0; i < COUNT_OF(field_tab); i++) {
-        if (!(x->is_legacy ? field_tab[i].in_legacy : field_tab[i].in_new))
+        if (!(x->endpoint == EP_SFU_GET ? field_tab[i].in_legacy : field_tab[i].in_new))
             continue;
         sl v = *(const sl *)(const void *)((const uint8_t *)&x->r
                                            + field_tab[i].at);
@@ -7505,10 +8611,13 @@ MUST_USE static bool request_check_fields(struct conn *c,
     return true;
 }
 
-/* Check the delegation pair: both or neither, well-formed. */
+/* Check the delegation pair: both or neither, well-formed; both for
+ * /delegate_delayed_leave. */
 MUST_USE static bool request_check_delay(struct conn *c,
-    const struct request *r, int64_t now)
+    const struct exchange *x, int64_t now)
 {
+    const struct request *r = &x->r;
+    bool required = x->endpoint == EP_DELEGATE;
     bool has_id = r->delay_id.len > 0;
     bool has_timeout = r->delay_timeout.is_set
         && (r->delay_timeout.over || r->delay_timeout.v != 0);
@@ -7522,7 +8631,7 @@ MUST_USE static bool request_check_delay(struct conn *c,
     } else if (has_id && !has_timeout) {
         text = "Missing parameter: delay_timeout";
         field = "delay_timeout";
-    } else if (!has_id && has_timeout) {
+    } else if (!has_id && (has_timeout || required)) {
         text = "Missing parameter: delay_id";
     }
     if (!text)
@@ -7631,7 +8740,7 @@ MUST_USE static bool exchange_identity(const struct exchange *x,
     struct bb *work)
 {
     sl user = { x->user, x->user_len };
-    if (x->is_legacy) {
+    if (x->endpoint == EP_SFU_GET) {
         bb_put(work, user);
         bb_byte(work, ':');
         bb_put(work, x->r.device_id);
@@ -7647,8 +8756,8 @@ MUST_USE static bool exchange_identity(const struct exchange *x,
 
 MUST_USE static bool exchange_alias(struct exchange *x)
 {
-    sl part[] = { x->is_legacy ? x->r.room : x->r.room_id,
-        x->is_legacy ? SL("m.call#ROOM") : x->r.slot_id };
+    sl part[] = { x->endpoint == EP_SFU_GET ? x->r.room : x->r.room_id,
+        x->endpoint == EP_SFU_GET ? SL("m.call#ROOM") : x->r.slot_id };
     return jwt_hash_name(part, 2, x->alias);
 }
 
@@ -7710,20 +8819,112 @@ static void exchange_room(struct exchange *x, int64_t now)
         exchange_wake(X_ROOM_WAIT, 0);
 }
 
+/* A refusal whose status differs between token endpoints and delegation. */
+static void exchange_refuse(struct exchange *x, enum event ev,
+    enum reply token_re, enum reply delegate_re, int64_t now)
+{
+    exchange_fail(x, ev, x->endpoint == EP_DELEGATE ? delegate_re : token_re,
+        now);
+}
+
+/* The job that this exchange asks for. ids has room for both identities. */
+MUST_USE static bool exchange_job(const struct exchange *x,
+    struct job_params *p, uint8_t ids[2][LIM_JOB_ID_LEN])
+{
+    struct bb first = { ids[0], 0, LIM_JOB_ID_LEN, false };
+    struct bb second = { ids[1], 0, LIM_JOB_ID_LEN, false };
+    sl user = { x->user, x->user_len };
+    if (!exchange_identity(x, &first))
+        return false;
+    if (x->endpoint != EP_SFU_GET) {      /* it may have joined by /sfu/get */
+        bb_put(&second, user);
+        bb_byte(&second, ':');
+        bb_put(&second, x->r.claimed_device_id);
+    }
+    int64_t t = x->r.delay_timeout.v;
+    t = t < LIM_DELAY_MIN_MS ? LIM_DELAY_MIN_MS
+        : t > LIM_DELAY_MAX_MS ? LIM_DELAY_MAX_MS : t;
+    *p = (struct job_params){ .alias = { x->alias, HASH_NAME_LEN },
+        .identity = { { ids[0], first.len },
+                      { ids[1], second.over ? 0 : second.len } },
+        .server = x->name.whole, .delay_id = x->r.delay_id, .user = user,
+        .timeout_ms = t };
+    return true;
+}
+
+static void exchange_accept(struct exchange *x, int64_t now);
+
+/* Steps 9 and 10 of PROTOCOL section 4, and the caps, which come before a
+ * room is created. */
+static void exchange_delegate(struct exchange *x, int64_t now)
+{
+    struct job_params p;
+    uint8_t ids[2][LIM_JOB_ID_LEN];
+    if (srv_stopping == 2) {
+        exchange_fail(x, EV_STOP_REFUSED, RE_STOPPING, now);
+        return;
+    }
+    enum event full = exchange_job(x, &p, ids) ? job_refuses(&p)
+        : EV_FIELD_LIMIT;
+    if (full != EV_NONE) {
+        exchange_refuse(x, full, RE_NO_DELEGATION, full == EV_JOBS_USER
+            ? RE_USER_LIMIT : full == EV_FIELD_LIMIT ? RE_NO_DELEGATION
+            : RE_LIMITED, now);
+        return;
+    }
+    if (!x->api)
+        x->api = api_find(x->name.whole, now);
+    enum res got = x->api ? api_resolve(x->api, now) : RES_FAILED;
+    if (got == RES_WAIT) {
+        x->end = INT64_MAX;
+        exchange_set(x, X_API);
+    } else if (got == RES_FAILED) {
+        exchange_fail(x, EV_API_UNKNOWN, RE_NO_API, now);
+    } else if (x->endpoint == EP_DELEGATE) {
+        exchange_accept(x, now);
+    } else {
+        x->end = now + LIM_RPC_MS;
+        exchange_room(x, now);
+    }
+}
+
+/* Start the job, then answer. */
+static void exchange_accept(struct exchange *x, int64_t now)
+{
+    struct job_params p;
+    uint8_t ids[2][LIM_JOB_ID_LEN];
+    if (srv_stopping == 2) {
+        exchange_fail(x, EV_STOP_REFUSED, RE_STOPPING, now);
+        return;
+    }
+    if (!exchange_job(x, &p, ids) || !job_accept(&p, x->api, now)) {
+        exchange_refuse(x, EV_JOBS_FULL, RE_NO_DELEGATION, RE_LIMITED, now);
+        return;
+    }
+    if (x->endpoint != EP_DELEGATE) {
+        exchange_grant(x, now);
+        return;
+    }
+    struct conn *c = exchange_conn(x);
+    exchange_end(x, now);
+    conn_answer(c, &(struct answer){ 200, "", SL("{}") }, now);
+}
+
 /* The homeserver vouched for x->user: decide what the user may have.
  * GRANTS: room creation to full-access users, a token to the others. */
 static void exchange_verified(struct exchange *x, int64_t now)
 {
     sl user = { x->user, x->user_len };
     x->is_full = has_full_access(x->name.whole);
-    if (!x->is_legacy && !sl_eq(x->r.claimed_user_id, user))
+    if (x->endpoint != EP_SFU_GET && !sl_eq(x->r.claimed_user_id, user))
         exchange_fail(x, EV_CLAIM_MISMATCH, RE_UNAUTHORIZED, now);
     else if (request_delegates(&x->r) && !x->is_full)
-        exchange_fail(x, EV_DELEGATION_RESTRICTED, RE_RESTRICTED, now);
-    else if (request_delegates(&x->r))
-        exchange_fail(x, EV_DELEGATION_OFF, RE_NO_DELEGATION, now);
+        exchange_refuse(x, EV_DELEGATION_RESTRICTED, RE_RESTRICTED,
+            RE_FORBIDDEN, now);
     else if (!exchange_alias(x))
         exchange_fail(x, EV_BUG_OVERFLOW, RE_INTERNAL, now);
+    else if (request_delegates(&x->r))
+        exchange_delegate(x, now);
     else if (!x->is_full)
         exchange_grant(x, now);
     else {
@@ -7744,7 +8945,10 @@ static void exchange_step_room(struct exchange *x, int64_t now)
     if (u->state == UP_DONE && u->head.status == 200) {
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
-        exchange_grant(x, now);
+        if (request_delegates(&x->r))
+            exchange_accept(x, now);
+        else
+            exchange_grant(x, now);
         return;
     }
     lk_log(u, request_id(c));
@@ -7815,6 +9019,9 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
     case X_LOOKUP:
         exchange_step_lookup(x, now);
         break;
+    case X_API:
+        exchange_delegate(x, now);
+        break;
     case X_ROOM_WAIT:
         if (now >= x->end)
             exchange_fail(x, EV_CHAN_FULL, RE_SFU, now);
@@ -7829,6 +9036,21 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
             exchange_room(x, now);
         break;
     }
+    return STEP_WAIT;
+}
+
+/* An API's lookup ended, or its queue may go on. */
+static enum step api_step(size_t idx, int revents, int64_t now)
+{
+    struct api *a = &api_pool[idx];
+    bool was_pending = a->state == API_PENDING;
+    (void)revents;
+    api_resolved(a, now);
+    for (size_t i = 0; was_pending && a->state != API_PENDING
+         && i < LIM_SLOT_CNT; i++)
+        if (exchange_pool[i].state == X_API && exchange_pool[i].api == a)
+            loop_wake(KIND_EXCHANGE, i);
+    job_run_queue(a, now);
     return STEP_WAIT;
 }
 
@@ -7867,16 +9089,17 @@ static bool token_ok(sl token)
 }
 
 /* Steps 2 to 7 of PROTOCOL section 4, then the lookup. */
-static void exchange_start(struct conn *c, bool is_legacy, int64_t now)
+static void exchange_start(struct conn *c, enum endpoint endpoint,
+    int64_t now)
 {
     struct exchange *x = &exchange_pool[conn_idx(c)];
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
     must(x->state == X_FREE);
     memset(x, 0, sizeof *x);
-    x->is_legacy = is_legacy;
+    x->endpoint = endpoint;
     x->since = now;
     int err = js_parse(body, c->body.len,
-        is_legacy ? &sfu_get_table : &get_token_table, &x->r);
+        endpoint == EP_SFU_GET ? &sfu_get_table : &get_token_table, &x->r);
     if (!err && x->r.expires_in.over)
         err = -EV_JSON_TYPE;
     if (err) {
@@ -7885,7 +9108,7 @@ static void exchange_start(struct conn *c, bool is_legacy, int64_t now)
         return;
     }
     if (!request_check_fields(c, x, now)
-        || !request_check_delay(c, &x->r, now))
+        || !request_check_delay(c, x, now))
         return;
     met.gauge[GA_EXCHANGES]++;
     if (!name_parse(x->r.server_name, &x->name)) {
@@ -7910,12 +9133,70 @@ static void exchange_start(struct conn *c, bool is_legacy, int64_t now)
 
 static void srv_get_token(struct conn *c, int64_t now)
 {
-    exchange_start(c, false, now);
+    exchange_start(c, EP_GET_TOKEN, now);
 }
 
 static void srv_sfu_get(struct conn *c, int64_t now)
 {
-    exchange_start(c, true, now);
+    exchange_start(c, EP_SFU_GET, now);
+}
+
+static void srv_delegate(struct conn *c, int64_t now)
+{
+    exchange_start(c, EP_DELEGATE, now);
+}
+
+/* Webhooks seen in the last LIM_SEEN_MS, 4-way sets: the same event again
+ * has the same answer and no effect. */
+static struct { uint8_t key[16]; int64_t until; } seen_cache[LIM_SEEN_CNT];
+
+/* Whether the event was seen; it counts as seen from now on. */
+static bool webhook_seen(sl id, const uint8_t body_sum[32], int64_t now)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, id, { body_sum, 32 } };
+    hash_parts(part, 3, sum);
+    size_t set = be16(sum) % (LIM_SEEN_CNT / 4) * 4, best = set;
+    for (size_t i = set; i < set + 4; i++) {
+        if (seen_cache[i].until > now
+            && memcmp(seen_cache[i].key, sum, 16) == 0)
+            return true;
+        if (seen_cache[i].until < seen_cache[best].until)
+            best = i;
+    }
+    memcpy(seen_cache[best].key, sum, 16);
+    seen_cache[best].until = now + LIM_SEEN_MS;
+    return false;
+}
+
+/* POST /sfu_webhook: 200 whatever it was, so that LiveKit does not repeat
+ * it; nothing happens before signature and body hash hold. */
+static void srv_webhook(struct conn *c, int64_t now)
+{
+    struct webhook w;
+    uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    sl token = h1_get(in, &c->head, H1_AUTHORIZATION);
+    uint8_t sum[32];
+    br_sha256_context h;
+    br_sha256_init(&h);
+    br_sha256_update(&h, body, c->body.len);
+    br_sha256_out(&h, sum);
+    const char *why = c->head.seen[H1_AUTHORIZATION] != 1 ? "no token"
+        : jwt_check_webhook(token, sum, cfg.key, cfg.key_cnt,
+            io_wall_ms() / 1000);
+    if (!why && !webhook_parse(body, c->body.len, &w))
+        why = "body";
+    if (why) {
+        LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)),
+            KV("reason", sl_str(why)));
+    } else if (w.id.len && webhook_seen(w.id, sum, now)) {
+        LOG(EV_WEBHOOK_DUPLICATE, KV("req", request_id(c)));
+    } else {
+        LOG(EV_WEBHOOK, KV("req", request_id(c)), KV("kind", w.event));
+        job_webhook(&w, now);
+    }
+    conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
 }
 
 /* ==== 23 IO ======================== PART III: WORLD ==================
