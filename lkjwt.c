@@ -165,7 +165,7 @@ enum {
     LIM_LINGER_LEN   = 65536,  /* bytes discarded after a refusal */
     LIM_REQUEST_ID_LEN = 64,
 
-    LIM_YOUNG_MS  = 1000,      /* a new connection is not thrown out */
+    LIM_YOUNG_MS  = 50,        /* a new connection is not thrown out */
     LIM_HEAD_MS   = 10000,     /* absolute, from the first byte or accept */
     LIM_BODY_MS   = 15000,
     LIM_WRITE_MS  = 10000,
@@ -8376,27 +8376,32 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
-/* The oldest connection in [from, to) that holds no complete request. A
- * young one may have its request on the way. */
-static struct conn *conn_oldest_idle(size_t from, size_t to, int64_t now)
+/* The oldest connection in [from, to) that holds no complete request. One
+ * that just came may have its request on the way: *has_young tells of it. */
+static struct conn *conn_oldest_idle(size_t from, size_t to, int64_t now,
+    bool *has_young)
 {
     struct conn *best = NULL;
     for (size_t i = from; i < to; i++) {
         struct conn *c = &conn_pool[i];
-        if ((c->state == C_HEAD || c->state == C_BODY || c->state == C_LINGER)
-            && c->since <= now - LIM_YOUNG_MS && (!best || c->since < best->since))
+        if (c->state != C_HEAD && c->state != C_BODY && c->state != C_LINGER)
+            continue;
+        if (c->since > now - LIM_YOUNG_MS)
+            *has_young = true;
+        else if (!best || c->since < best->since)
             best = c;
     }
     return best;
 }
 
 /* A slot in [from, to): a free one, else the oldest idle one's. */
-static struct conn *conn_slot_in(size_t from, size_t to, int64_t now)
+static struct conn *conn_slot_in(size_t from, size_t to, int64_t now,
+    bool *has_young)
 {
     for (size_t i = from; i < to; i++)
         if (conn_pool[i].state == C_FREE)
             return &conn_pool[i];
-    struct conn *old = conn_oldest_idle(from, to, now);
+    struct conn *old = conn_oldest_idle(from, to, now, has_young);
     if (old) {
         LOG0(EV_CONN_FULL);
         conn_close(old);
@@ -8405,20 +8410,26 @@ static struct conn *conn_slot_in(size_t from, size_t to, int64_t now)
 }
 
 /* A slot for a new client: the pool, else the lane for health checks.
- * NULL: refuse. */
-static struct conn *conn_slot(bool is_metrics, int64_t now)
+ * NULL: wait until a young one is older, or refuse when there is none. */
+static struct conn *conn_slot(bool is_metrics, int64_t now, bool *has_young)
 {
     size_t max = (size_t)cfg.max_conns;
+    *has_young = false;
     if (is_metrics)
-        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT, now);
-    struct conn *c = conn_slot_in(0, max, now);
-    return c ? c : conn_slot_in(max, max + LIM_LANE_CNT, now);
+        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT, now,
+            has_young);
+    struct conn *c = conn_slot_in(0, max, now, has_young);
+    return c || *has_young ? c
+        : conn_slot_in(max, max + LIM_LANE_CNT, now, has_young);
 }
 
-/* Adopt an accepted socket. */
-static void conn_open(int fd, bool is_metrics, int64_t now)
+/* Adopt an accepted socket. False: not now, ask again soon. */
+MUST_USE static bool conn_open(int fd, bool is_metrics, int64_t now)
 {
-    struct conn *c = conn_slot(is_metrics, now);
+    bool has_young;
+    struct conn *c = conn_slot(is_metrics, now, &has_young);
+    if (!c && has_young)
+        return false;
     if (!c) {
         uint8_t text[160];
         struct bb b = BB(text);
@@ -8428,7 +8439,7 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
         LOG0(EV_CONN_FULL);
         (void)!io_write(fd, (sl){ text, b.len });
         io_close(&fd);
-        return;
+        return true;
     }
     memset(c, 0, sizeof *c);
     c->state = C_HEAD;
@@ -8437,6 +8448,7 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
     (void)conn_step(conn_idx(c), POLLIN, now);   /* it often brings a request */
+    return true;
 }
 
 /* GET /healthz: alive, and 503 from SIGTERM on. */
@@ -10585,34 +10597,38 @@ static void loop_round(const sigset_t *mask)
     (void)signal_step(0, 0, now);
 }
 
-/* Listeners by index: public 0 and 1, metrics 2 and 3. */
-static struct listener { int fd; bool is_metrics; bool is_paused; }
+/* Listeners by index: public 0 and 1, metrics 2 and 3. held: an accepted
+ * client for which there is no slot yet. */
+static struct listener { int fd, held; bool is_metrics; }
     listener_pool[LIM_LISTEN_CNT];
 
-/* Accept what waits, a few at a time. */
+/* Accept what waits, a few at a time; rest where no slot or descriptor is
+ * free. */
 static enum step listen_step(size_t idx, int revents, int64_t now)
 {
     struct listener *l = &listener_pool[idx];
-    if (l->fd < 0)
-        return STEP_WAIT;
-    if (!revents) {                  /* a pause is over */
-        loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
-        return STEP_WAIT;
-    }
-    for (int k = 0; k < 16; k++) {
-        int fd = io_accept(l->fd);
+    (void)revents;
+    for (int k = 0; k < 16 && l->fd >= 0; k++) {
+        int fd = l->held >= 0 ? l->held : io_accept(l->fd);
+        l->held = -1;
         if (fd == -EAGAIN)
-            return STEP_WAIT;
+            break;
+        if (fd >= 0 && conn_open(fd, l->is_metrics, now))
+            continue;
         if (fd < 0) {
-            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now);
+            bool has_young;
+            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now,
+                &has_young);
             LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
             if (old)
                 conn_close(old);
-            loop_set(KIND_LISTEN, idx, l->fd, 0, now + 100);
-            return STEP_WAIT;
+        } else {
+            l->held = fd;
         }
-        conn_open(fd, l->is_metrics, now);
+        loop_set(KIND_LISTEN, idx, l->fd, 0, now + LIM_YOUNG_MS);
+        return STEP_WAIT;
     }
+    loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
     return STEP_WAIT;
 }
 
@@ -10633,6 +10649,7 @@ static void loop_drain(int64_t now)
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
         if (listener_pool[i].fd >= 0) {
             loop_set(KIND_LISTEN, i, -1, 0, INT64_MAX);
+            io_close(&listener_pool[i].held);
             io_close(&listener_pool[i].fd);
         }
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
@@ -10948,7 +10965,7 @@ static void main_nofile(void)
 static bool main_begin(void)
 {
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
-        listener_pool[i].fd = -1;
+        listener_pool[i].fd = listener_pool[i].held = -1;
     io_random(sec_boot, sizeof sec_boot);
     met.start_ms = io_wall_ms();
     bool ok = cfg_load();

@@ -14,6 +14,7 @@
 #include "unit_der.h"
 #include "unit_config.h"
 #include "unit_tls.h"
+#include "unit_net.h"
 #include "unit_machines.h"
 
 static const struct { const char *name; void (*run)(void); } group_tab[] = {

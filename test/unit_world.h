@@ -119,6 +119,7 @@ struct sock {
 static struct sock *sock_tab[SOCK_CNT];
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
+static int64_t world_end = INT64_MAX;   /* ppoll() waits no longer */
 static bool world_is_stuck;
 static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
 static void (*world_dial)(struct sock *s);
@@ -456,6 +457,7 @@ static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
     (void)mask;
     int64_t limit = wait ? world_ms + wait->tv_sec * 1000
         + (wait->tv_nsec + 999999) / 1000000 : INT64_MAX;
+    limit = limit < world_end ? limit : world_end;
     for (;;) {
         int64_t next = INT64_MAX;
         int ready = 0;

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from outbound import Exchange, by_token, fresh, lkjwt, pki, pub, PUB, PUB6, token_for
-from peers import BlackHole, Dns, Dnsmasq, Homeserver, Reply, Sfu, SUB_PATH, WELL_KNOWN, chunked
+from peers import BlackHole, Dns, Dnsmasq, Homeserver, RawServer, Reply, Sfu, SUB_PATH, WELL_KNOWN, chunked
 from service import CANARY_KEY, CANARY_SECRET
 
 V4 = {n: PUB % n for n in range(1, 40)}
@@ -508,16 +508,22 @@ def test_addresses_are_tried_in_turn(row, stand_in, many):
 
 
 def test_black_holes_on_the_way(stand_in, many):
-    """Port 443 that swallows connections leads to step 4, an SRV target that does to the next target."""
+    """Port 443 that swallows connections leads to step 4, an SRV target that does to the next target, a peer
+    that accepts but never says a word of TLS to the next address."""
     hs, dns = many
     hs.forget()
-    wall, dead = fresh("many.test"), fresh("many.test")
+    wall, dead, mute = fresh("many.test"), fresh("many.test"), fresh("many.test")
     dns.add(f"{wall}. A {V4[30]}\n_matrix-fed._tcp.{wall}. SRV 1 1 8448 works.many.test.\nworks.many.test. A {WORKS}\n"
             f"{dead}. A {V4[31]}\n_matrix-fed._tcp.{dead}. SRV 1 1 8448 hole.many.test.\nhole.many.test. A {HOLE}\n"
-            f"_matrix-fed._tcp.{dead}. SRV 2 1 8448 works.many.test.\n")
-    with BlackHole(V4[30], 443), lkjwt(dns) as svc:
-        assert [e.reply.status for e in at_once(svc, [wall, dead])] == [200, 200]
-        assert {r.host for r in hs.asked()} == {wall, dead}
+            f"_matrix-fed._tcp.{dead}. SRV 2 1 8448 works.many.test.\n"
+            f"{mute}. A {V4[32]}\n{mute}. A {WORKS}\n")
+
+    def swallow(conn, number):
+        while conn.recv(65536):
+            pass
+    with BlackHole(V4[30], 443), RawServer(swallow, V4[32], 8448), lkjwt(dns) as svc:
+        assert [e.reply.status for e in at_once(svc, [wall, dead, f"{mute}:8448"])] == [200, 200, 200]
+        assert {r.host for r in hs.asked()} == {wall, dead, f"{mute}:8448"}
 
 
 def test_srv_target_with_a_wrong_certificate_leads_to_the_next(stand_in, many):

@@ -803,6 +803,17 @@ def test_search_list_serves_the_operators_names(row, ns, root):
     assert asked == [n + "." for n in names]
 
 
+def test_search_list_takes_both_families_from_one_name(ns, root):
+    """An AAAA record of a later candidate is not mixed with the A record of the one that exists."""
+    with Homeserver(sub=by_token) as right, Homeserver([("::1", right.port)], sub=by_token) as wrong:
+        ns[0].set("intra.one.test. A 127.0.0.1\nintra.two.test. AAAA ::1\n")
+        root.write("resolv.conf", f"nameserver {NS1}\nsearch one.test two.test\n")
+        with root.service(LKJWT_FEDERATION_API_URL_OVERRIDES=f"over.test=http://intra:{right.port}") as svc:
+            Exchange(svc, "over.test").granted()
+        assert len(right.asked()) == 1 and not wrong.connections
+        assert not ns[0].count("intra.two.test")
+
+
 def test_names_from_clients_skip_the_search_list(ns, root, hs):
     ns[0].set(f"h.dns.x.dns.test. A {TRAP}\nh.x.dns.test. A {TRAP}\n")
     root.write("resolv.conf", f"nameserver {NS1}\nsearch x.dns.test\noptions ndots:5\n")

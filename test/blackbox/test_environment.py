@@ -382,3 +382,12 @@ def test_validation_does_not_need_the_network(rig):
                    LIVEKIT_FULL_ACCESS_HOMESERVERS="nowhere.invalid", LKJWT_RESOLVER="127.0.0.1:1")
     with Service(env) as s:
         assert s.post("/sfu/get", make_body("/sfu/get", "a_b")).status == 401
+
+
+def test_limits_are_logged_at_start():
+    env = base_env(LKJWT_MAX_CONNS="77", LKJWT_MAX_BODY="4321", LKJWT_KEEPALIVE_S="66", LKJWT_LOOKUPS_MAX="55",
+                   LKJWT_LOOKUPS_PER_SERVER="13", LKJWT_LOOKUP_TIMEOUT_S="19")
+    with Service(env) as s:
+        assert s.stop() == 0
+    (line,) = s.events("LIMITS")
+    assert {"77", "4321", "66", "55", "13", "19"} <= set(line.values()), line

@@ -143,6 +143,7 @@ BAD = {
     "version-cut": raw(LEN.replace("1.1", "1."), BODY), "status-20": raw(LEN.replace("200", "20"), BODY),
     "status-2000": raw(LEN.replace("200", "2000"), BODY), "status-text": raw(LEN.replace("200", "2OO"), BODY),
     "status-minus": raw(LEN.replace("200", "-200"), BODY), "status-099": raw(LEN.replace("200", "099"), BODY),
+    "reason-control": raw(LEN.replace("OK", "O\x01K"), BODY), "reason-nul": raw(LEN.replace("OK", "O\0K"), BODY),
     "two-blanks": raw(LEN.replace(" 200", "  200"), BODY), "blank-first": raw(" " + LEN, BODY),
     "folded": raw(f"{LEN}\nX: a\n b", BODY), "blank-before-colon": raw(f"{LEN}\nX : a", BODY),
     "no-colon": raw(f"{LEN}\nnonsense", BODY), "empty-name": raw(f"{LEN}\n: x", BODY), "bad-name": raw(f"{LEN}\nX(Y): x", BODY),
