@@ -151,7 +151,7 @@ enum {
     LIM_HEAD_LEN     = 8192,   /* request head; real ones < 1 KB */
     LIM_FIELD_CNT    = 64,     /* header fields of a request */
     LIM_IN_LEN       = 10240,  /* a head, and a small body beside it */
-    LIM_OUT_LEN      = 4096,   /* reply bytes the socket did not take */
+    LIM_OUT_LEN      = 2048,   /* reply bytes the socket did not take */
     LIM_SCRATCH_LEN  = 65536,  /* one reply or request under construction */
     LIM_BIG_CNT      = 64,     /* buffers for what outgrows the small ones */
     LIM_BIG_LEN      = 65536,
@@ -195,9 +195,9 @@ enum {
     LIM_WAIT_STRANGER = 1024,  /* waiting for a slot, all strangers */
     LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
     LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
-    LIM_JOBCALL_CNT  = 64,     /* calls of delegated leaves, their own */
+    LIM_JOBCALL_CNT  = 48,     /* calls of delegated leaves, their own */
     LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_JOBCALL_CNT,
-    LIM_CHAN_CNT     = 384,    /* connections: calls and kept idle ones */
+    LIM_CHAN_CNT     = 368,    /* connections: calls and kept idle ones */
     LIM_IDLE_CNT     = 128,    /* kept idle connections */
     LIM_HS_CNT       = 8,      /* TLS handshakes at once */
     LIM_HS_DEST      = 3,      /* of them per destination; strangers 2 */
@@ -276,7 +276,8 @@ enum {
     LIM_KEY_CNT      = 16,     /* API keys */
     LIM_LIST_CNT     = 256,    /* entries of one list variable */
     LIM_CONFIG_LEN   = 65536,  /* all copied values together */
-    LIM_FILE_LEN     = 1048576 /* CA bundle; Debian's has 220 KB */
+    LIM_FILE_LEN     = 1048576,    /* CA bundle; Debian's has 220 KB */
+    LIM_MEM_LEN      = 48 << 20    /* all pools; resident: what was touched */
 };
 
 /* ==== 03 EVENTS =======================================================
@@ -3873,7 +3874,7 @@ struct query {
     int64_t try_end, end, begin_us;
     uint32_t ttl;
     size_t got;
-    uint8_t buf[2 + LIM_DNS_LEN];           /* TCP assembly */
+    uint8_t big;               /* TCP assembly, index + 1 of a big buffer */
 };
 static struct query query_pool[LIM_QUERY_CNT];
 
@@ -3893,6 +3894,39 @@ struct dns_entry {
 static struct dns_entry dns_cache[LIM_DNSCACHE_CNT];
 
 enum res { RES_WAIT, RES_OK, RES_NONE, RES_FAILED };
+
+/* ---- buffers for what outgrows the small ones: bodies, replies, DNS by
+ * TCP; lent by index + 1, 0 is none ---- */
+static bool big_used[LIM_BIG_CNT + LIM_HUGE_CNT];
+static uint8_t big_pool[LIM_BIG_CNT][LIM_BIG_LEN];
+static uint8_t huge_pool[LIM_HUGE_CNT][LIM_HUGE_LEN];
+
+/* The buffer of an index + 1: the big ones, then the huge ones. */
+static uint8_t *big_buf(uint8_t big)
+{
+    return big <= LIM_BIG_CNT ? big_pool[big - 1]
+        : huge_pool[big - 1 - LIM_BIG_CNT];
+}
+
+/* Lowest free buffer for len bytes as index + 1, or 0. */
+static uint8_t big_take(size_t len)
+{
+    size_t from = len > LIM_BIG_LEN ? LIM_BIG_CNT : 0;
+    size_t to = len > LIM_BIG_LEN ? LIM_BIG_CNT + LIM_HUGE_CNT : LIM_BIG_CNT;
+    for (size_t i = from; i < to; i++)
+        if (!big_used[i]) {
+            big_used[i] = true;
+            return (uint8_t)(i + 1);
+        }
+    return 0;
+}
+
+static void big_free(uint8_t *big)
+{
+    if (*big)
+        big_used[*big - 1] = false;
+    *big = 0;
+}
 
 static void res_wake_waiters(void);
 static enum step query_step(size_t idx, int revents, int64_t now);
@@ -3928,6 +3962,7 @@ static void res_finish(size_t idx, enum entry_state result,
     met.upstream[TL_DNS][result == ENTRY_FAILED]++;
     met_observe(&met.upstream_time[TL_DNS], io_now_us() - q->begin_us);
     io_close(&q->fd);
+    big_free(&q->big);
     q->state = Q_FREE;
     loop_set(KIND_QUERY, idx, -1, 0, INT64_MAX);
     res_wake_waiters();
@@ -3968,8 +4003,11 @@ static void res_ask_tcp(size_t idx, int64_t now)
     const struct resolv *r = io_resolv();
     struct query *q = &query_pool[idx];
     io_close(&q->fd);
-    q->fd = io_connect(&r->server[(q->tries - 1) % r->server_cnt], &trust,
-        false);
+    if (!q->big)
+        q->big = big_take(2 + LIM_DNS_LEN);
+    if (q->big)
+        q->fd = io_connect(&r->server[(q->tries - 1) % r->server_cnt],
+            &trust, false);
     if (q->fd < 0) {
         res_ask(idx, now);
         return;
@@ -4057,17 +4095,20 @@ static enum step query_step(size_t idx, int revents, int64_t now)
         query_watch(idx);
         return STEP_WAIT;
     }
-    case Q_TCP_RECV:
-        n = io_read(q->fd, q->buf + q->got, sizeof q->buf - q->got);
+    case Q_TCP_RECV: {
+        uint8_t *buf = big_buf(q->big);
+        size_t cap = 2 + LIM_DNS_LEN;
+        n = io_read(q->fd, buf + q->got, cap - q->got);
         if (n == -EAGAIN)
             return STEP_WAIT;
         q->got += n > 0 ? (size_t)n : 0;
-        size_t len = q->got < 2 ? sizeof q->buf : 2U + be16(q->buf);
+        size_t len = q->got < 2 ? cap : 2U + be16(buf);
         if (q->got >= len)
-            res_answer(idx, (sl){ q->buf + 2, len - 2 }, now);
-        else if (n <= 0 || len > sizeof q->buf)
+            res_answer(idx, (sl){ buf + 2, len - 2 }, now);
+        else if (n <= 0 || len > cap)
             res_ask(idx, now);
         return STEP_WAIT;
+    }
     }
     return STEP_WAIT;                 /* unreachable: all named above */
 }
@@ -4128,7 +4169,7 @@ static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
             : RES_FAILED;
     }
     struct query *q = &query_pool[idx];
-    memset(q, 0, offsetof(struct query, buf));
+    memset(q, 0, sizeof *q);
     q->fd = -1;
     q->state = Q_UDP;
     q->type = type;
@@ -5113,37 +5154,6 @@ struct intake {
     uint8_t big;
     bool is_done;
 };
-static bool big_used[LIM_BIG_CNT + LIM_HUGE_CNT];
-static uint8_t big_pool[LIM_BIG_CNT][LIM_BIG_LEN];
-static uint8_t huge_pool[LIM_HUGE_CNT][LIM_HUGE_LEN];
-
-/* The buffer of an index + 1: the big ones, then the huge ones. */
-static uint8_t *big_buf(uint8_t big)
-{
-    return big <= LIM_BIG_CNT ? big_pool[big - 1]
-        : huge_pool[big - 1 - LIM_BIG_CNT];
-}
-
-/* Lowest free buffer for len bytes as index + 1, or 0. */
-static uint8_t big_take(size_t len)
-{
-    size_t from = len > LIM_BIG_LEN ? LIM_BIG_CNT : 0;
-    size_t to = len > LIM_BIG_LEN ? LIM_BIG_CNT + LIM_HUGE_CNT : LIM_BIG_CNT;
-    for (size_t i = from; i < to; i++)
-        if (!big_used[i]) {
-            big_used[i] = true;
-            return (uint8_t)(i + 1);
-        }
-    return 0;
-}
-
-static void big_free(uint8_t *big)
-{
-    if (*big)
-        big_used[*big - 1] = false;
-    *big = 0;
-}
-
 static void intake_start(struct intake *t, struct h1_body body, size_t limit)
 {
     *t = (struct intake){ .body = body, .left = body.len, .limit = limit,
@@ -6927,16 +6937,16 @@ struct job {
     bool first_unknown;              /* the first look-up of two failed */
     bool has_restarted, is_second_try;
     uint16_t api, next;              /* next: chain of the room, idx + 1 */
-    uint16_t id_len[2], server_len, delay_len, sid_len;
+    uint16_t id_len[2], delay_len, sid_len;
     struct up *look, *call;
     int64_t timeout_ms, wait_end, deadline, restart_at, sanity_at;
     int64_t check_at, check_end, absent_at, send_end, connected_at;
     int32_t look_wait_ms, call_wait_ms;       /* backoff of each series */
     uint8_t alias[HASH_NAME_LEN], sid[LIM_SID_LEN];
-    uint8_t id[2][LIM_JOB_ID_LEN], server[LIM_NAME_LEN], delay_id[LIM_ID_LEN];
+    uint8_t id[2][LIM_JOB_ID_LEN], delay_id[LIM_ID_LEN];
 };
 static struct job job_pool[LIM_JOB_CNT];
-_Static_assert(sizeof(struct job) <= 1280, "a job is small");
+_Static_assert(sizeof(struct job) <= 1024, "a job is small");
 
 /* What scans over all jobs read; index as job_pool. */
 static struct job_hot {
@@ -6995,10 +7005,15 @@ static int64_t backoff_next(int32_t *wait_ms)
     return wait < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait;
 }
 
+/* The server whose delayed event this is; its API's entry stays. */
+static sl job_server(const struct job *j)
+{
+    return (sl){ api_pool[j->api].name, api_pool[j->api].name_len };
+}
+
 static void job_log(enum event ev, const struct job *j, const char *reason)
 {
-    LOG(ev, KV("server", (sl){ j->server, j->server_len }),
-        KV("room", (sl){ j->alias, HASH_NAME_LEN }),
+    LOG(ev, KV("server", job_server(j)), KV("room", (sl){ j->alias, HASH_NAME_LEN }),
         KV("reason", sl_str(reason)));
 }
 
@@ -7402,8 +7417,7 @@ static void job_log_failed(const struct job *j, enum outcome got,
 {
     struct up *u = j->call;
     uint8_t addr[64], num[20];
-    LOG(EV_DELAYED_EVENT_FAILED, KV("server", (sl){ j->server,
-            j->server_len }),
+    LOG(EV_DELAYED_EVENT_FAILED, KV("server", job_server(j)),
         KV("action", is_send ? SL("send") : SL("restart")),
         KV("outcome", got == OUT_PERMANENT ? SL("permanent")
            : got == OUT_LIMITED ? SL("limited") : SL("transient")),
@@ -7708,8 +7722,8 @@ static enum event job_refuses(const struct job_params *p)
     for (size_t i = 0; i < job_top; i++) {
         all += job_hot[i].is_used;
         same += job_hot[i].is_used && job_hot[i].user == user;
-        server += job_hot[i].is_used && sl_eq(p->server,
-            (sl){ job_pool[i].server, job_pool[i].server_len });
+        server += job_hot[i].is_used
+            && sl_eq(p->server, job_server(&job_pool[i]));
     }
     if (all >= cfg.jobs_max || (cfg.is_open && server >= LIM_JOB_SERVER))
         return EV_JOBS_FULL;
@@ -7750,7 +7764,6 @@ MUST_USE static bool job_accept(const struct job_params *p, struct api *a,
     memcpy(j->alias, p->alias.p, HASH_NAME_LEN);
     job_copy(j->id[0], &j->id_len[0], p->identity[0]);
     job_copy(j->id[1], &j->id_len[1], p->identity[1]);
-    job_copy(j->server, &j->server_len, p->server);
     job_copy(j->delay_id, &j->delay_len, p->delay_id);
     uint16_t *chain = job_chain(p->alias);
     j->next = *chain;
@@ -10572,6 +10585,17 @@ static void loop_due(int64_t now)
         loop_step(who, 0, now);
     }
 }
+
+_Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
+    + sizeof exchange_pool + sizeof big_pool + sizeof huge_pool
+    + sizeof chan_pool + sizeof chan_tls + sizeof chan_io + sizeof up_pool
+    + sizeof up_in + sizeof lookup_pool + sizeof query_pool
+    + sizeof dns_cache + sizeof wk_cache + sizeof session_cache
+    + sizeof sig_cache + sizeof seen_cache + sizeof hs_pool
+    + sizeof anchor_set + sizeof api_pool + sizeof job_pool
+    + sizeof job_hot + sizeof watch_tab + sizeof poll_tab
+    + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
+    "pools exceed the promise");
 
 static bool loop_is_over;
 
