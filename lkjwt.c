@@ -2462,61 +2462,69 @@ static sl jwt_signer(sl signed_raw, sl mac_raw, const struct api_key *key,
     return none;
 }
 
+/* What a webhook's token says. */
+struct claims {
+    sl alg, iss, hash;
+    bool crit, join;
+    struct js_int exp, nbf;
+};
+#define AT(member) offsetof(struct claims, member)
+static const struct js_field jwt_head_field[] = {
+    { "alg", JS_STRING, AT(alg), NULL },
+    { "crit", JS_FLAG, AT(crit), NULL } };         /* any value refuses */
+static const struct js_table jwt_head_table = { jwt_head_field, 2, false,
+    false };
+static const struct js_field jwt_video_field[] = {
+    { "roomJoin", JS_FLAG, AT(join), NULL } };
+static const struct js_table jwt_video_table = { jwt_video_field, 1, false,
+    false };
+static const struct js_field jwt_claim_field[] = {
+    { "iss", JS_STRING, AT(iss), NULL },
+    { "sha256", JS_STRING, AT(hash), NULL },
+    { "exp", JS_SECONDS, AT(exp), NULL },
+    { "nbf", JS_SECONDS, AT(nbf), NULL },
+    { "video", JS_OBJECT, 0, &jwt_video_table } };
+static const struct js_table jwt_claim_table = { jwt_claim_field, 5, false,
+    false };
+#undef AT
+
 /* Judge the token of a webhook (PROTOCOL section 10): HS256 by one of our
- * keys, its issuer, times with 60 s leeway, the body's hash. A join token
- * shares the secret, but has no sha256 and has roomJoin.
- * GRANTS: that the SFU said what the body says.
+ * keys, its issuer, times with 60 s leeway. A join token shares the secret,
+ * but has roomJoin and no sha256. body_sum gets the hash it vouches for.
+ * GRANTS: that the SFU said what a body of that hash says.
  * Returns NULL, or what is wrong with it. */
 MUST_USE static const char *jwt_check_webhook(sl token_raw,
-    const uint8_t body_sum[32], const struct api_key *key, size_t cnt,
-    int64_t now_wall)
+    const struct api_key *key, size_t cnt, int64_t now_wall,
+    uint8_t body_sum[36])
 {
-    struct { sl alg, iss, hash; bool crit, join; struct js_int exp, nbf; }
-        c = { .crit = false };
-#define AT(member) ((size_t)((uint8_t *)&c.member - (uint8_t *)&c))
-    const struct js_field head_field[] = {
-        { "alg", JS_STRING, AT(alg), NULL },
-        { "crit", JS_FLAG, AT(crit), NULL } };     /* any value refuses */
-    const struct js_field video_field[] = {
-        { "roomJoin", JS_FLAG, AT(join), NULL } };
-    const struct js_table head = { head_field, 2, false, false };
-    const struct js_table video = { video_field, 1, false, false };
-    const struct js_field claim_field[] = {
-        { "iss", JS_STRING, AT(iss), NULL },
-        { "sha256", JS_STRING, AT(hash), NULL },
-        { "exp", JS_SECONDS, AT(exp), NULL },
-        { "nbf", JS_SECONDS, AT(nbf), NULL },
-        { "video", JS_OBJECT, 0, &video } };
-    const struct js_table claims = { claim_field, 5, false, false };
-#undef AT
-    uint8_t work[3072], sum[36];
+    struct claims c = { .crit = false };
+    uint8_t head[1024], body[3072];
     if (sl_starts(token_raw, SL("Bearer ")))
         token_raw = sl_skip(token_raw, 7);
     size_t a = sl_find(token_raw, '.');
     sl rest = sl_skip(token_raw, a + 1);
     size_t b = sl_find(rest, '.');
     sl mac = sl_skip(rest, b + 1);
-    if (token_raw.len > 4096 || b == rest.len
-        || sl_find(mac, '.') < mac.len)
+    if (token_raw.len > 4096 || b == rest.len || sl_find(mac, '.') < mac.len)
         return "no token";
-    if (!jwt_part((sl){ token_raw.p, a }, work, sizeof work, &head, &c)
-        || c.crit || !sl_eq(c.alg, SL("HS256")))
+    if (!jwt_part((sl){ token_raw.p, a }, head, sizeof head, &jwt_head_table,
+                  &c) || c.crit || !sl_eq(c.alg, SL("HS256")))
         return "token header";
     sl signer = jwt_signer((sl){ token_raw.p, a + 1 + b }, mac, key, cnt);
     if (signer.len == 0)
         return "signature";
-    if (!jwt_part((sl){ rest.p, b }, work, sizeof work, &claims, &c))
+    if (!jwt_part((sl){ rest.p, b }, body, sizeof body, &jwt_claim_table, &c))
         return "claims";
     if (!sl_eq(c.iss, signer))
         return "issuer";
-    if ((c.exp.is_set && (c.exp.over || now_wall >= c.exp.v + 60))
-        || (c.nbf.is_set && (c.nbf.over || now_wall < c.nbf.v - 60)))
+    if ((c.exp.is_set && (c.exp.over || now_wall - 60 >= c.exp.v))
+        || (c.nbf.is_set && (c.nbf.over || now_wall + 60 < c.nbf.v)))
         return "time";
     if (c.join)
         return "join token";
-    if (c.hash.len != 44 || b64_parse(c.hash, true, sum) != 32)
+    if (c.hash.len != 44 || b64_parse(c.hash, true, body_sum) != 32)
         return "no body hash";
-    return ct_eq(sum, body_sum, 32) ? NULL : "body hash";
+    return NULL;
 }
 
 /* ==== 12 DER ======================= PART I: PURE =====================
@@ -3371,10 +3379,14 @@ static int64_t retry_after_ms(sl v, int64_t now_wall)
 {
     uint64_t n;
     int64_t at;
-    if (sl_u64(v, 86400, &n))
-        return (int64_t)n * 1000;
-    if (sl_starts(v, SL("-")) && sl_u64(sl_skip(v, 1), INT64_MAX, &n))
-        return 0;
+    bool negative = sl_starts(v, SL("-"));
+    sl digits = sl_skip(v, negative);
+    size_t i = 0;
+    while (i < digits.len && digits.p[i] >= '0' && digits.p[i] <= '9')
+        i++;
+    if (i > 0 && i == digits.len)
+        return negative ? 0 : sl_u64(digits, 86400, &n) ? (int64_t)n * 1000
+            : 86400000;
     if (!http_date_parse(v, &at))
         return -1;
     return at <= now_wall ? 0 : at - now_wall > 86400 ? 86400000
@@ -6903,7 +6915,7 @@ static enum presence lk_presence(struct up *u, sl *sid)
  * Q2  left, CLIENT_INITIATED         -              J_LEAVING     -
  * Q3  left otherwise, aborted        ended          J_LEAVING     -
  * Q4  min(1 h, T) waited             J_LEAVING      -             -
- * Q5  restart due                    -              look, restart -
+ * Q5  restart due                    -              restart, look -
  * Q6  restart refused, deadline      -              ended         -
  * Q7  sanity check: absent           -              J_LEAVING     -
  * Q8  absent twice, 20 s apart       -              J_LEAVING     -
@@ -6915,7 +6927,7 @@ static enum presence lk_presence(struct up *u, sl *sid)
 enum job_state { J_FREE, J_WAITING, J_CONNECTED, J_LEAVING };
 
 /* Why the SFU is asked. */
-enum job_check { CK_NONE, CK_WAIT, CK_RESTART, CK_SANITY, CK_ABSENT, CK_LEFT,
+enum job_check { CK_NONE, CK_WAIT, CK_SANITY, CK_ABSENT, CK_LEFT,
     CK_DUPLICATE };
 
 /* What is wanted of the homeserver. */
@@ -6936,11 +6948,14 @@ struct job {
     uint8_t probe;                   /* identity being looked up */
     bool first_unknown;              /* the first look-up of two failed */
     bool has_restarted, is_second_try;
+    uint8_t redirect;                /* slot + 1 of redirect_pool */
     uint16_t api, next;              /* next: chain of the room, idx + 1 */
     uint16_t id_len[2], delay_len, sid_len;
     struct up *look, *call;
     int64_t timeout_ms, wait_end, deadline, restart_at, sanity_at;
-    int64_t check_at, check_end, absent_at, send_end, connected_at;
+    int64_t check_at;                /* next look-up */
+    int64_t check_end, unknown_end;  /* absent, unknown count as gone */
+    int64_t absent_at, send_end, connected_at;
     int32_t look_wait_ms, call_wait_ms;       /* backoff of each series */
     uint8_t alias[HASH_NAME_LEN], sid[LIM_SID_LEN];
     uint8_t id[2][LIM_JOB_ID_LEN], delay_id[LIM_ID_LEN];
@@ -7029,7 +7044,8 @@ static void job_watch(const struct job *j)
             at = j->restart_at;
         if (cfg.sanity_s && j->sanity_at < at)
             at = j->sanity_at;
-        if (j->absent_at && j->absent_at + LIM_ABSENT_MS < at)
+        if (j->absent_at && j->check == CK_NONE
+            && j->absent_at + LIM_ABSENT_MS < at)
             at = j->absent_at + LIM_ABSENT_MS;
     }
     if (j->state != J_FREE && j->check != CK_NONE && !j->look
@@ -7047,8 +7063,11 @@ static void job_drop_look(struct job *j, int64_t now)
     j->first_unknown = false;
 }
 
+static void job_drop_redirect(struct job *j);
+
 static void job_drop_call(struct job *j, int64_t now)
 {
+    job_drop_redirect(j);
     if (!j->call)
         return;
     up_close(j->call, now);
@@ -7159,17 +7178,6 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
     case CK_WAIT:
         j->check_at = now + wait;
         return;
-    case CK_RESTART:
-        j->check = CK_NONE;
-        if (p == ABSENT && j->absent_at
-            && now >= j->absent_at + LIM_ABSENT_MS) {
-            job_leave(j, "absent", now);
-            return;
-        }
-        if (p == ABSENT && !j->absent_at)
-            j->absent_at = now;
-        job_want(j, WANT_RESTART, now);
-        return;
     case CK_SANITY:
         j->check = CK_NONE;
         if (p == ABSENT)
@@ -7189,13 +7197,11 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
     case CK_DUPLICATE:
         if (p == PRESENT)
             return;
-        if (now >= j->check_end || (p == ABSENT && check == CK_LEFT)) {
+        int64_t end = p == ABSENT ? j->check_end : j->unknown_end;
+        if (now >= end)
             job_gone(j, now);
-            return;
-        }
-        if (p == ABSENT && now + wait > j->check_end)
-            wait = j->check_end - now;
-        j->check_at = now + wait;
+        else
+            j->check_at = now + wait < end ? now + wait : end;
         return;
     }
 }
@@ -7291,24 +7297,32 @@ static enum outcome delayed_judge(struct up *u, bool is_send,
         *wait_ms = (e->retry_after_ms.over || e->retry_after_ms.v > 86400000)
             ? 86400000 : (e->retry_after_ms.v + 999) / 1000 * 1000;
     if (st == 429)
-        return *wait_ms >= 0 ? OUT_LIMITED : OUT_TRANSIENT;
+        return OUT_LIMITED;                    /* no hint: wait_ms is -1 */
     if (st == 408 || st == 421 || st == 423 || st == 425 || st >= 500
         || st < 400)
         return OUT_TRANSIENT;
     return OUT_PERMANENT;
 }
 
-/* Where a 307 or 308 pointed; one at a time, repeated at once. */
-static struct { bool is_set; uint16_t job; size_t len;
-    uint8_t path[LIM_URL_LEN]; } redirect;
+/* Where 307 and 308 pointed, for the calls that repeat there. */
+static struct { bool is_used; size_t len; uint8_t path[LIM_URL_LEN]; }
+    redirect_pool[LIM_JOBCALL_CNT];
+
+static void job_drop_redirect(struct job *j)
+{
+    if (j->redirect)
+        redirect_pool[j->redirect - 1].is_used = false;
+    j->redirect = 0;
+}
 
 static void job_build_call(uint16_t idx, struct bb *b)
 {
     const struct job *j = &job_pool[idx];
     const struct api *a = &api_pool[j->api];
     bb_str(b, "POST ");
-    if (redirect.is_set && redirect.job == idx) {
-        bb_put(b, (sl){ redirect.path, redirect.len });
+    if (j->redirect) {
+        bb_put(b, (sl){ redirect_pool[j->redirect - 1].path,
+            redirect_pool[j->redirect - 1].len });
     } else {
         bb_put(b, a->url.path);
         bb_str(b, a->is_stable ? "/_matrix/client/v1/delayed_events/"
@@ -7342,34 +7356,39 @@ MUST_USE static bool job_start_call(struct job *j, int64_t now)
     return true;
 }
 
-/* Take a redirect to the same scheme, host and port, once (PROTOCOL 8). */
-MUST_USE static bool job_redirect(const struct job *j)
+/* Take a redirect to the same scheme, host and port, once (PROTOCOL 8).
+ * Returns its slot + 1, 0: none to follow. */
+MUST_USE static uint8_t job_redirect(const struct job *j)
 {
     const struct api *a = &api_pool[j->api];
     const struct up *u = j->call;
-    sl to = up_field(u, H1_LOCATION), path = to;
     struct url url;
-    if (j->is_second_try || (u->head.status != 307 && u->head.status != 308))
-        return false;
+    size_t i = 0;
+    if (j->is_second_try || u->state != UP_DONE
+        || (u->head.status != 307 && u->head.status != 308))
+        return 0;
+    sl to = up_field(u, H1_LOCATION), path = to;
     if (!sl_starts(to, SL("/")) || sl_starts(to, SL("//"))) {
         if (!url_parse(to, &url)
             || !sl_ieq(url.scheme, a->is_tls ? SL("https") : SL("http"))
             || !sl_ieq(url.name.host, a->url.name.host)
             || (url.name.port ? url.name.port : a->is_tls ? 443 : 80)
                != a->port)
-            return false;
+            return 0;
         path = url.rest;
     }
-    for (size_t i = 0; i < path.len; i++)
-        if (path.p[i] <= 0x20 || path.p[i] >= 0x7f || path.p[i] == '#')
-            return false;
-    if (!sl_starts(path, SL("/")) || path.len > sizeof redirect.path)
-        return false;
-    redirect.is_set = true;
-    redirect.job = (uint16_t)job_idx(j);
-    redirect.len = path.len;
-    memcpy(redirect.path, path.p, path.len);
-    return true;
+    for (size_t k = 0; k < path.len; k++)
+        if (path.p[k] <= 0x20 || path.p[k] >= 0x7f || path.p[k] == '#')
+            return 0;
+    while (i < LIM_JOBCALL_CNT && redirect_pool[i].is_used)
+        i++;
+    if (!sl_starts(path, SL("/")) || path.len > LIM_URL_LEN
+        || i == LIM_JOBCALL_CNT)
+        return 0;
+    redirect_pool[i].is_used = true;
+    redirect_pool[i].len = path.len;
+    memcpy(redirect_pool[i].path, path.p, path.len);
+    return (uint8_t)(i + 1);
 }
 
 /* A restart or send is done. */
@@ -7418,7 +7437,7 @@ static void job_log_failed(const struct job *j, enum outcome got,
     struct up *u = j->call;
     uint8_t addr[64], num[20];
     LOG(EV_DELAYED_EVENT_FAILED, KV("server", job_server(j)),
-        KV("action", is_send ? SL("send") : SL("restart")),
+        KV("room", (sl){ j->alias, HASH_NAME_LEN }), KV("action", is_send ? SL("send") : SL("restart")),
         KV("outcome", got == OUT_PERMANENT ? SL("permanent")
            : got == OUT_LIMITED ? SL("limited") : SL("transient")),
         KV("step", u->state == UP_FAILED ? sl_str(u->step) : SL("http")),
@@ -7455,18 +7474,23 @@ static void job_call_ended(struct job *j, int64_t now)
     struct delayed_error e;
     int64_t wait_ms = 0;
     enum outcome got = delayed_judge(j->call, is_send, stable, &e, &wait_ms);
-    bool again = got == OUT_OTHER_PATH || job_redirect(j);
+    uint8_t target = job_redirect(j);
+    bool again = got == OUT_OTHER_PATH || target;
     if (got != OUT_DONE && !again)
         job_log_failed(j, got, is_send, e.errcode);
     a->is_stable |= got == OUT_OTHER_PATH;
     job_drop_call(j, now);
+    j->redirect = target;
     if (again && job_start_call(j, now)) {
-        j->is_second_try = got != OUT_OTHER_PATH;
-        redirect.is_set &= got != OUT_OTHER_PATH;
+        j->is_second_try = target > 0;
         return;
     }
-    redirect.is_set &= redirect.job != job_idx(j);
+    job_drop_redirect(j);
     j->is_second_try = false;
+    if (got == OUT_LIMITED && wait_ms < 0)
+        wait_ms = backoff_next(&j->call_wait_ms);
+    else if (got == OUT_LIMITED)
+        j->call_wait_ms = 0;             /* a hint restarts the series */
     api_pace(a, got, wait_ms, now);
     loop_wake(KIND_API, j->api);
     switch (got) {
@@ -7477,7 +7501,6 @@ static void job_call_ended(struct job *j, int64_t now)
         job_end(j, "refused by the homeserver", now);
         return;
     case OUT_LIMITED:
-        j->call_wait_ms = 0;
         job_again(j, is_send, wait_ms, now);
         return;
     case OUT_TRANSIENT:
@@ -7566,7 +7589,9 @@ MUST_USE static bool webhook_parse(uint8_t *body_raw, size_t len,
     static const struct js_table tab = { field, 5, false, false };
 #undef AT
     memset(w, 0, sizeof *w);
-    return js_parse(body_raw, len, &tab, w) == 0;
+    uint64_t n;
+    return js_parse(body_raw, len, &tab, w) == 0
+        && (w->dropped.len == 0 || sl_u64(w->dropped, INT64_MAX, &n));
 }
 
 /* Rows Q2 and Q3: a watched participant is said to have left. */
@@ -7582,11 +7607,12 @@ static void job_left(struct job *j, const struct webhook *w, bool aborted,
     bool sure = reason == 1 || reason == 4 || reason == 5 || reason == 10;
     if (j->state == J_LEAVING)
         return;
+    j->unknown_end = now + j->timeout_ms;
+    j->check_end = now;
     if (other_sid || maybe_back) {
         j->check_end = now + LIM_ABSENT_MS;
         job_look(j, CK_DUPLICATE, now);
     } else if (aborted || !sure) {
-        j->check_end = now + j->timeout_ms;
         job_look(j, CK_LEFT, now);
     } else if (reason == 1 && j->state == J_WAITING) {
         return;                          /* it may have just begun */
@@ -7664,16 +7690,16 @@ static void job_clock(struct job *j, int64_t now)
         job_end(j, "deadline passed", now);
         return;
     }
-    if (j->check != CK_NONE)
-        return;
-    if (job_hot_of(j)->want == WANT_NONE && now >= j->restart_at)
-        job_look(j, CK_RESTART, now);
-    else if (j->absent_at && now >= j->absent_at + LIM_ABSENT_MS)
-        job_look(j, CK_ABSENT, now);
-    else if (cfg.sanity_s && now >= j->sanity_at)
-        job_look(j, CK_SANITY, now);
-    if (cfg.sanity_s && now >= j->sanity_at)
+    bool sanity = cfg.sanity_s && now >= j->sanity_at;
+    bool look = j->absent_at && now >= j->absent_at + LIM_ABSENT_MS;
+    if (sanity)
         j->sanity_at = now + cfg.sanity_s * 1000;
+    if (job_hot_of(j)->want == WANT_NONE && now >= j->restart_at) {
+        look |= j->has_restarted;        /* and restart: doubt must not */
+        job_want(j, WANT_RESTART, now);  /* let the deadline pass */
+    }
+    if (j->check == CK_NONE && (sanity || look))
+        job_look(j, sanity ? CK_SANITY : CK_ABSENT, now);
 }
 
 static bool up_is_over(const struct up *u)
@@ -8207,6 +8233,16 @@ static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
             now);
 }
 
+/* Judge the token of a webhook request; want gets the body's hash. */
+static const char *webhook_token(const struct conn *c, uint8_t want[36])
+{
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    if (c->head.seen[H1_AUTHORIZATION] != 1)
+        return "no token";
+    return jwt_check_webhook(h1_get(in, &c->head, H1_AUTHORIZATION), cfg.key,
+        cfg.key_cnt, io_wall_ms() / 1000, want);
+}
+
 /* A complete head: decide framing, route and whether a body is read. */
 static void conn_head(struct conn *c, size_t head_len, int64_t now)
 {
@@ -8249,6 +8285,19 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         else
             conn_dispatch(c, now);
         return;
+    }
+    if (wanted && c->route->body_cap
+        && !(body.kind == H1_LENGTH && body.len <= LIM_IN_LEN - head_len)) {
+        uint8_t sum[36];       /* no large buffer without a good token (T7) */
+        const char *why = webhook_token(c, sum);
+        if (why) {
+            c->is_keep = false;
+            c->is_refused = true;
+            LOG(EV_WEBHOOK_BAD, KV("req", ((sl){ c->req, c->req_len })),
+                KV("reason", sl_str(why)));
+            conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+            return;
+        }
     }
     if (has_expect && !c->body.is_done && c->in_len == head_len) {
         sl go = SL("HTTP/1.1 100 Continue\r\n\r\n");
@@ -9200,16 +9249,14 @@ static void srv_webhook(struct conn *c, int64_t now)
 {
     struct webhook w;
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
-    sl in = { conn_in[conn_idx(c)], c->in_len };
-    sl token = h1_get(in, &c->head, H1_AUTHORIZATION);
-    uint8_t sum[32];
+    uint8_t sum[32], want[36];
     br_sha256_context h;
     br_sha256_init(&h);
     br_sha256_update(&h, body, c->body.len);
     br_sha256_out(&h, sum);
-    const char *why = c->head.seen[H1_AUTHORIZATION] != 1 ? "no token"
-        : jwt_check_webhook(token, sum, cfg.key, cfg.key_cnt,
-            io_wall_ms() / 1000);
+    const char *why = webhook_token(c, want);
+    if (!why && !ct_eq(sum, want, 32))
+        why = "body hash";
     if (!why && !webhook_parse(body, c->body.len, &w))
         why = "body";
     if (why) {
