@@ -1,6 +1,10 @@
 """A user in a call: LiveKit's own SDK, which sends a tone and some bytes and
-tells what it hears and reads of the others."""
+tells what it hears and reads of the others. As a program: users who join,
+and wait to be told to leave, or to be killed."""
 import asyncio
+import json
+import subprocess
+import sys
 
 import numpy
 from livekit import rtc
@@ -111,3 +115,50 @@ class Call:
         self.callers.append(caller)
         await caller.join(grant)
         return caller
+
+
+class Elsewhere:
+    """Users in a process of their own, one for each reply of the service. Returns when all have joined."""
+
+    def __init__(self, *grants):
+        # It ends when its input does, so it does not outlive a killed suite.
+        self.proc = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     text=True)
+        self._tell(json.dumps([[g["url"], g["jwt"]] for g in grants]))
+        said = self.proc.stdout.readline()
+        if said != "joined\n":
+            self.kill()
+            raise AssertionError(f"they could not join: {said!r}")
+
+    def _tell(self, line):
+        self.proc.stdin.write(line + "\n")
+        self.proc.stdin.flush()
+
+    def leave(self):
+        """A clean end: the SFU is told."""
+        self._tell("leave")
+        assert self.proc.wait(HANG) == 0
+        self._close()
+
+    def kill(self):
+        """kill -9: the SFU finds out by itself."""
+        self.proc.kill()
+        self.proc.wait()
+        self._close()
+
+    def _close(self):
+        self.proc.stdin.close()
+        self.proc.stdout.close()
+
+
+async def main():
+    loop = asyncio.get_running_loop()
+    grants = json.loads(await loop.run_in_executor(None, sys.stdin.readline))
+    async with Call() as call:
+        await asyncio.gather(*(call.join({"url": url, "jwt": jwt}) for url, jwt in grants))
+        print("joined", flush=True)
+        await loop.run_in_executor(None, sys.stdin.readline)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

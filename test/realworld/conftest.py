@@ -10,13 +10,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blackbox"))
 
-from peers import Homeserver, Pki    # noqa: E402
+from peers import Homeserver, Pki, Reply    # noqa: E402
 from service import CANARY_KEY, CANARY_SECRET, Service    # noqa: E402
 from servers import LiveKit, Server, Synapse, die_with_us    # noqa: E402
 
 # alpha.test is found by well-known: name, front and homeserver each have an
 # address of their own, and no certificate fits the other's name. beta.test
-# has its port in its name.
+# has its port in its name, serves what clients ask itself, and keeps
+# Synapse's own limit of calls to delayed events.
 ALPHA_FRONT, ALPHA, BETA = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 HOSTS = f"{ALPHA_FRONT} alpha.test\n{ALPHA} matrix.alpha.test\n{BETA} beta.test\n"
 
@@ -58,11 +59,13 @@ def world(pki, tmp_path_factory):
     hosts = folder / "hosts"
     hosts.write_text(HOSTS)
     alpha = Synapse(folder / "alpha", "alpha.test", ALPHA, 8448, pki.leaf(["matrix.alpha.test"], key="p256"),
-                    ["client", "federation"])
+                    ["client", "federation"], rc_delayed_event_mgmt={"per_second": 1000, "burst_count": 1000})
     beta = Synapse(folder / "beta", "beta.test:8449", BETA, 8449, pki.leaf(["beta.test"], [BETA], key="rsa2048"),
-                   ["openid"])
+                   ["openid"], public=True)
     sfu = LiveKit(folder / "sfu")
     front = Homeserver((ALPHA_FRONT, 443), pki.leaf(["alpha.test"]), well_known="matrix.alpha.test:8448")
+    front.on("/.well-known/matrix/client",
+             Reply(200, {"m.homeserver": {"base_url": "https://matrix.alpha.test:8448/"}}))
     try:
         for s in (alpha, beta, sfu):
             s.start()

@@ -6,12 +6,14 @@ import ctypes
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -30,14 +32,14 @@ def die_with_us():
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def call(url, body=None, token=None, timeout=DEADLINE):
-    """GET, or POST of JSON; (status, decoded reply)."""
+def call(url, body=None, token=None, timeout=DEADLINE, method=None):
+    """GET, or POST of JSON, unless a method is named; (status, decoded reply)."""
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as r:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=timeout) as r:
             status, text = r.status, r.read()
     except urllib.error.HTTPError as e:
         status, text = e.code, e.read()
@@ -99,9 +101,11 @@ class Server:
 
 class Synapse(Server):
     """One homeserver. Federation by TLS on (ip, tls_port) with the given
-    certificate; its users' clients come to the plain listener on port 8008."""
+    certificate; its users' clients come to the plain listener on port 8008.
+    public: on port 443 it tells of its client API, and serves it, itself.
+    more: settings of its configuration."""
 
-    def __init__(self, folder, server_name, ip, tls_port, cert, resources):
+    def __init__(self, folder, server_name, ip, tls_port, cert, resources, public=False, **more):
         super().__init__(folder, f"synapse {server_name}")
         self.server_name, self.ip, self.tls_port = server_name, ip, tls_port
         self.url = f"http://{ip}:8008"
@@ -121,6 +125,8 @@ class Synapse(Server):
             "listeners": [
                 {"port": tls_port, "type": "http", "tls": True, "bind_addresses": [ip],
                  "resources": [{"names": resources}]},
+                *([{"port": 443, "type": "http", "tls": True, "bind_addresses": [ip],
+                    "resources": [{"names": ["client"]}]}] if public else []),
                 {"port": 8008, "type": "http", "tls": False, "bind_addresses": [ip],
                  "resources": [{"names": ["client", "openid"]}]},
             ],
@@ -129,7 +135,13 @@ class Synapse(Server):
             "form_secret": secrets.token_hex(16),
             "bcrypt_rounds": 4,
             "trusted_key_servers": [],
+            "max_event_delay_duration": "24h",
+            # So many rooms and events are a suite, not an attack.
+            **{rc: {"per_second": 1000, "burst_count": 1000} for rc in ("rc_message", "rc_room_creation")},
+            **more,
         }
+        if public:
+            config["public_baseurl"] = f"https://{server_name.split(':')[0]}/"
         log = {"version": 1, "formatters": {"f": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
                "handlers": {"h": {"class": "logging.StreamHandler", "formatter": "f"}},
                "root": {"level": "INFO", "handlers": ["h"]}, "disable_existing_loggers": False}
@@ -146,6 +158,12 @@ class Synapse(Server):
 
     def alive(self):
         return call(f"{self.url}/health")[0] == 200
+
+    def delayed(self, delay_id):
+        """What was done to a delayed event without a user's token, in order: (action, status, listener)."""
+        return [(m[3], int(m[2]), m[1]) for m in re.finditer(
+            r' synapse\.access\.(\S+) .* \{None\} Processed request: .* (\d+)!? "POST \S+/org\.matrix\.msc4140'
+            rf'/delayed_events/{re.escape(delay_id)}/(\w+) HTTP', self.log_file.read_text())]
 
     def register(self, localpart):
         register = f"{self.url}/_synapse/admin/v1/register"
@@ -174,10 +192,40 @@ class User:
         User.issued.append(got["access_token"])
         return got
 
+    def ask(self, path, body=None, method=None):
+        """A call of the client API; (status, reply)."""
+        return call(f"{self.server.url}/_matrix/client/v3{path}", body, self.access_token, method=method)
+
+    def create_room(self, state_type):
+        """A room where everyone may come in and set state of that type."""
+        status, got = self.ask("/createRoom", {"preset": "public_chat", "power_level_content_override": {
+            "events": {state_type: 0}}})
+        assert status == 200, got
+        return got["room_id"]
+
+    def join_room(self, room):
+        status, got = self.ask(f"/join/{urllib.parse.quote(room)}", {})
+        assert status == 200, got
+
+    def _state(self, room, *parts):
+        return f"/rooms/{urllib.parse.quote(room)}/state/" + "/".join(urllib.parse.quote(p, safe="") for p in parts)
+
+    def set_state(self, room, kind, key, content, delay=None):
+        """The event id, or the delay id of an event that waits so many milliseconds."""
+        query = "" if delay is None else f"?org.matrix.msc4140.delay={delay}"
+        status, got = self.ask(self._state(room, kind, key) + query, content, "PUT")
+        assert status == 200, got
+        return got["event_id" if delay is None else "delay_id"]
+
+    def get_state(self, room, kind, key):
+        status, got = self.ask(self._state(room, kind, key))
+        assert status == 200, got
+        return got
+
 
 class LiveKit(Server):
-    def __init__(self, folder, ip="127.0.0.1", port=7880):
-        super().__init__(folder, "livekit-server")
+    def __init__(self, folder, ip="127.0.0.1", port=7880, webhook=None):
+        super().__init__(folder, f"livekit-server {port}")
         self.url, self.http = f"ws://{ip}:{port}", f"http://{ip}:{port}"
         config = {
             "port": port,
@@ -189,6 +237,8 @@ class LiveKit(Server):
                     "enable_loopback_candidate": True, "ips": {"includes": [f"{ip}/32"]}},
             "logging": {"level": "info"},
         }
+        if webhook:
+            config["webhook"] = {"api_key": CANARY_KEY, "urls": [webhook]}
         (self.dir / "livekit.yaml").write_text(json.dumps(config))
         self.argv = [LIVEKIT, "--config", "livekit.yaml"]
 
@@ -197,6 +247,11 @@ class LiveKit(Server):
 
     def stop(self):
         super().stop(signal.SIGKILL)    # at SIGTERM it would wait for its participants
+
+    def webhooks(self):
+        """[(delivered, event)] in the order of their last attempts."""
+        found = re.findall(r"\t(sent|failed to send|dropped) webhook\t(\{.*\})", self.log_file.read_text())
+        return [(outcome == "sent", json.loads(event)) for outcome, event in found]
 
     def ask(self, method, body, token=None, **grant):
         """A RoomService call; (status, reply). Signed by us unless a token is given."""
