@@ -68,8 +68,9 @@ def own_certificates():
             "rsa1024": rsa.generate_private_key(65537, 1024).public_key(),
             "rsa2048": rsa.generate_private_key(65537, 2048).public_key(),
             "rsa3": rsa.generate_private_key(3, 2048).public_key()}
-    name = x509.Name([x509.NameAttribute(NameOID.COUNTRY_NAME, "DE"),
-                      x509.NameAttribute(NameOID.COMMON_NAME, "z\xf6 \u2603")])
+    name = x509.Name([
+        x509.NameAttribute(NameOID.COUNTRY_NAME, "DE"),
+        x509.NameAttribute(NameOID.COMMON_NAME, "z\xf6 \u2603")])
     for label, key in keys.items():
         cert = (x509.CertificateBuilder()
                 .subject_name(name).issuer_name(name).public_key(key)
