@@ -165,7 +165,8 @@ enum {
     LIM_LINGER_LEN   = 65536,  /* bytes discarded after a refusal */
     LIM_REQUEST_ID_LEN = 64,
 
-    LIM_YOUNG_MS  = 50,        /* a new connection is not thrown out */
+    LIM_YOUNG_MS  = 50,        /* a new connection is not thrown out, */
+    LIM_YOUNG_LANE_MS = 5,     /* nor in the lane */
     LIM_HEAD_MS   = 10000,     /* absolute, from the first byte or accept */
     LIM_BODY_MS   = 15000,
     LIM_WRITE_MS  = 10000,
@@ -391,6 +392,8 @@ enum {
       "certificate breaks an issuer's name constraints") \
     X(TLS_SIGNATURE,  2311, 'w', \
       "certificate signature wrong, weak or unsupported") \
+    X(TLS_NONE,       2313, 'w', \
+      "peer does not speak TLS on this port: wrong port, or plain HTTP") \
     X(TLS_CLOSED,     2312, 'w', "peer closed during the TLS handshake") \
     X(REPLY_CLOSED,   2401, 'w', "peer closed before its reply was complete") \
     X(REPLY_BAD,      2402, 'w', "malformed HTTP reply") \
@@ -4226,17 +4229,28 @@ static bool res_candidate(sl host, bool search, int k, struct bb *out)
     return true;
 }
 
-/* Both families' addresses of the first candidate that has any. */
+/* Both families' addresses of the first candidate that has any. They are
+ * copied at once: the other family's question may take their cache slot. */
 static void res_families(sl host, struct res_how how, int64_t now,
-    enum res got[2], const struct dns_entry *e[2])
+    enum res got[2], struct ip list[2][LIM_TRY_CNT], size_t have[2])
 {
     uint8_t text[2 * LIM_HOST_LEN + 2];
     struct bb name = BB(text);
     bool failed = false;
     for (int k = 0; res_candidate(host, how.search, k, &name); k++) {
-        for (int v6 = 0; v6 < 2; v6++)
+        for (int v6 = 0; v6 < 2; v6++) {
+            const struct dns_entry *e;
+            size_t size = v6 ? 16 : 4;
             got[v6] = res_exact((sl){ text, name.len },
-                v6 ? DNS_AAAA : DNS_A, how.stale_ok, now, &e[v6]);
+                v6 ? DNS_AAAA : DNS_A, how.stale_ok, now, &e);
+            have[v6] = 0;
+            while (got[v6] == RES_OK && have[v6] < e->rec_cnt
+                   && have[v6] < LIM_TRY_CNT) {
+                struct ip *ip = &list[v6][have[v6]];
+                *ip = (struct ip){ .v6 = v6 };
+                memcpy(ip->b, e->data + have[v6]++ * size, size);
+            }
+        }
         for (int v6 = 0; v6 < 2; v6++)
             if (got[v6] == RES_OK || got[v6] == RES_WAIT)
                 return;
@@ -4255,22 +4269,12 @@ static enum res res_addresses(sl host, struct res_how how, int64_t now,
     struct ip list[2][LIM_TRY_CNT];
     size_t have[2] = { 0, 0 };
     enum res got[2] = { RES_NONE, RES_NONE };
-    const struct dns_entry *e[2];
     sl hosts = io_hosts();
-    bool in_hosts = cf_hosts_has(hosts, host);
-    if (!in_hosts)
-        res_families(host, how, now, got, e);
-    for (int v6 = 0; v6 < 2; v6++) {
-        size_t size = v6 ? 16 : 4;
-        if (in_hosts)
+    if (!cf_hosts_has(hosts, host))
+        res_families(host, how, now, got, list, have);
+    else
+        for (int v6 = 0; v6 < 2; v6++)
             have[v6] = cf_hosts_find(hosts, host, v6, list[v6], LIM_TRY_CNT);
-        for (size_t i = 0; got[v6] == RES_OK && i < e[v6]->rec_cnt
-             && i < LIM_TRY_CNT; i++) {
-            list[v6][i] = (struct ip){ .v6 = v6 };
-            memcpy(list[v6][i].b, e[v6]->data + i * size, size);
-            have[v6]++;
-        }
-    }
     bool any_ok = have[0] + have[1] > 0;
     if (got[0] == RES_WAIT || got[1] == RES_WAIT) {
         if (!any_ok || *first_at == 0)
@@ -5060,9 +5064,11 @@ static enum event chan_tls_why(const struct chan *ch)
         return EV_TLS_CHAIN;
     if (ch->hs && ch->hs->why != EV_NONE)
         return ch->hs->why;
-    if (err == BR_ERR_RECV_FATAL_ALERT + BR_ALERT_PROTOCOL_VERSION
-        || err == BR_ERR_UNSUPPORTED_VERSION)
+    if (err == BR_ERR_RECV_FATAL_ALERT + BR_ALERT_PROTOCOL_VERSION)
         return EV_TLS_VERSION;
+    /* both come of the first bytes; an old TLS has its own record version */
+    if (err == BR_ERR_UNSUPPORTED_VERSION || err == BR_ERR_UNKNOWN_TYPE)
+        return EV_TLS_NONE;
     if (err == BR_ERR_RECV_FATAL_ALERT + BR_ALERT_HANDSHAKE_FAILURE)
         return EV_TLS_REFUSED;
     return err == BR_ERR_OK ? EV_TLS_CLOSED : EV_TLS_FAILED;
@@ -5715,8 +5721,10 @@ MUST_USE static int up_head(struct up *u, size_t head_len)
     sl text = { in, head_len };
     struct h1_body body;
     if (u->head.status < 200) {
-        if (u->head.status == 101 || ++u->interim_cnt > LIM_REPLY_1XX)
+        if (u->head.status == 101)
             return -EV_REPLY_BAD;
+        if (++u->interim_cnt > LIM_REPLY_1XX)
+            return -EV_REPLY_LIMIT;
         memmove(in, in + head_len, u->in_len - head_len);
         u->in_len -= head_len;
         u->head = (struct h1_head){ 0 };
@@ -8439,31 +8447,32 @@ static enum step conn_step(size_t idx, int revents, int64_t now)
 }
 
 /* The oldest connection in [from, to) that holds no complete request. One
- * that just came may have its request on the way: *has_young tells of it. */
-static struct conn *conn_oldest_idle(size_t from, size_t to, int64_t now,
-    bool *has_young)
+ * that just came may have its request on the way; in the lane that is
+ * judged sooner, since a probe shall get in whoever else comes. */
+static struct conn *conn_oldest_idle(size_t from, size_t to, int64_t now)
 {
     struct conn *best = NULL;
     for (size_t i = from; i < to; i++) {
         struct conn *c = &conn_pool[i];
-        if (c->state != C_HEAD && c->state != C_BODY && c->state != C_LINGER)
-            continue;
-        if (c->since > now - LIM_YOUNG_MS)
-            *has_young = true;
-        else if (!best || c->since < best->since)
+        int64_t young = now - (conn_is_lane(c) || conn_is_metrics(c)
+            ? LIM_YOUNG_LANE_MS : LIM_YOUNG_MS);
+        bool served = c->state == C_HEAD && c->code && c->in_len == 0;
+        bool idle = c->state == C_LINGER || served
+            || ((c->state == C_HEAD || c->state == C_BODY)
+                && c->since <= young);
+        if (idle && (!best || c->since < best->since))
             best = c;
     }
     return best;
 }
 
 /* A slot in [from, to): a free one, else the oldest idle one's. */
-static struct conn *conn_slot_in(size_t from, size_t to, int64_t now,
-    bool *has_young)
+static struct conn *conn_slot_in(size_t from, size_t to, int64_t now)
 {
     for (size_t i = from; i < to; i++)
         if (conn_pool[i].state == C_FREE)
             return &conn_pool[i];
-    struct conn *old = conn_oldest_idle(from, to, now, has_young);
+    struct conn *old = conn_oldest_idle(from, to, now);
     if (old) {
         LOG0(EV_CONN_FULL);
         conn_close(old);
@@ -8472,26 +8481,20 @@ static struct conn *conn_slot_in(size_t from, size_t to, int64_t now,
 }
 
 /* A slot for a new client: the pool, else the lane for health checks.
- * NULL: wait until a young one is older, or refuse when there is none. */
-static struct conn *conn_slot(bool is_metrics, int64_t now, bool *has_young)
+ * NULL: refuse. */
+static struct conn *conn_slot(bool is_metrics, int64_t now)
 {
     size_t max = (size_t)cfg.max_conns;
-    *has_young = false;
     if (is_metrics)
-        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT, now,
-            has_young);
-    struct conn *c = conn_slot_in(0, max, now, has_young);
-    return c || *has_young ? c
-        : conn_slot_in(max, max + LIM_LANE_CNT, now, has_young);
+        return conn_slot_in(LIM_CONN_CNT + LIM_LANE_CNT, LIM_SLOT_CNT, now);
+    struct conn *c = conn_slot_in(0, max, now);
+    return c ? c : conn_slot_in(max, max + LIM_LANE_CNT, now);
 }
 
-/* Adopt an accepted socket. False: not now, ask again soon. */
-MUST_USE static bool conn_open(int fd, bool is_metrics, int64_t now)
+/* Adopt an accepted socket. */
+static void conn_open(int fd, bool is_metrics, int64_t now)
 {
-    bool has_young;
-    struct conn *c = conn_slot(is_metrics, now, &has_young);
-    if (!c && has_young)
-        return false;
+    struct conn *c = conn_slot(is_metrics, now);
     if (!c) {
         uint8_t text[160];
         struct bb b = BB(text);
@@ -8501,7 +8504,7 @@ MUST_USE static bool conn_open(int fd, bool is_metrics, int64_t now)
         LOG0(EV_CONN_FULL);
         (void)!io_write(fd, (sl){ text, b.len });
         io_close(&fd);
-        return true;
+        return;
     }
     memset(c, 0, sizeof *c);
     c->state = C_HEAD;
@@ -8510,7 +8513,6 @@ MUST_USE static bool conn_open(int fd, bool is_metrics, int64_t now)
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
     (void)conn_step(conn_idx(c), POLLIN, now);   /* it often brings a request */
-    return true;
 }
 
 /* GET /healthz: alive, and 503 from SIGTERM on. */
@@ -9744,13 +9746,22 @@ static void cfg_say(enum event ev, const char *name, const char *text)
     cfg_fault_cnt += ev == EV_CONFIG_BAD;
 }
 
-/* The value of a variable; empty counts as unset. */
-static sl env_get(const char *name)
+/* The value of one variable; empty counts as unset, and so does what
+ * Kubernetes sets for a service of that name (LK_JWT_PORT=tcp://...). */
+static sl env_raw(const char *name)
 {
     sl v = sl_str(getenv(name));
+    bool is_port = sl_ends(sl_str(name), SL("_PORT"));
+    return is_port && sl_starts(v, SL("tcp://")) ? (sl){ NULL, 0 } : v;
+}
+
+/* The value of a variable, or of its old name. */
+static sl env_get(const char *name)
+{
+    sl v = env_raw(name);
     for (size_t i = 0; v.len == 0 && i < COUNT_OF(env_alias_tab); i++)
         if (strcmp(env_alias_tab[i].name, name) == 0)
-            v = sl_str(getenv(env_alias_tab[i].old));
+            v = env_raw(env_alias_tab[i].old);
     return v;
 }
 
@@ -10204,7 +10215,7 @@ static void cfg_warn_environment(void)
             env_near_miss(name);
     }
     for (size_t i = 0; i < COUNT_OF(env_alias_tab); i++)
-        if (sl_str(getenv(env_alias_tab[i].old)).len) {
+        if (env_raw(env_alias_tab[i].old).len) {
             char text[96];
             snprintf(text, sizeof text, "old name of %s",
                 env_alias_tab[i].name);
@@ -10668,35 +10679,28 @@ static void loop_round(const sigset_t *mask)
     (void)signal_step(0, 0, now);
 }
 
-/* Listeners by index: public 0 and 1, metrics 2 and 3. held: an accepted
- * client for which there is no slot yet. */
-static struct listener { int fd, held; bool is_metrics; }
+/* Listeners by index: public 0 and 1, metrics 2 and 3. */
+static struct listener { int fd; bool is_metrics; }
     listener_pool[LIM_LISTEN_CNT];
 
-/* Accept what waits, a few at a time; rest where no slot or descriptor is
- * free. */
+/* Accept what waits, a few at a time; rest where no descriptor is free. */
 static enum step listen_step(size_t idx, int revents, int64_t now)
 {
     struct listener *l = &listener_pool[idx];
     (void)revents;
     for (int k = 0; k < 16 && l->fd >= 0; k++) {
-        int fd = l->held >= 0 ? l->held : io_accept(l->fd);
-        l->held = -1;
+        int fd = io_accept(l->fd);
         if (fd == -EAGAIN)
             break;
-        if (fd >= 0 && conn_open(fd, l->is_metrics, now))
+        if (fd >= 0) {
+            conn_open(fd, l->is_metrics, now);
             continue;
-        if (fd < 0) {
-            bool has_young;
-            struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now,
-                &has_young);
-            LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
-            if (old)
-                conn_close(old);
-        } else {
-            l->held = fd;
         }
-        loop_set(KIND_LISTEN, idx, l->fd, 0, now + LIM_YOUNG_MS);
+        struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now);
+        LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
+        if (old)
+            conn_close(old);
+        loop_set(KIND_LISTEN, idx, l->fd, 0, now + 100);
         return STEP_WAIT;
     }
     loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
@@ -10717,10 +10721,14 @@ static void signal_note(int number)
 static void loop_drain(int64_t now)
 {
     srv_stopping = 2;
+    /* now, not at exit: a successor may have its own there by then */
+    if (cfg.bind.is_unix)
+        (void)unlink((const char *)cfg.bind.path.p);
+    if (cfg.has_metrics && cfg.metrics.is_unix)
+        (void)unlink((const char *)cfg.metrics.path.p);
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
         if (listener_pool[i].fd >= 0) {
             loop_set(KIND_LISTEN, i, -1, 0, INT64_MAX);
-            io_close(&listener_pool[i].held);
             io_close(&listener_pool[i].fd);
         }
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
@@ -11036,7 +11044,7 @@ static void main_nofile(void)
 static bool main_begin(void)
 {
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
-        listener_pool[i].fd = listener_pool[i].held = -1;
+        listener_pool[i].fd = -1;
     io_random(sec_boot, sizeof sec_boot);
     met.start_ms = io_wall_ms();
     bool ok = cfg_load();
@@ -11082,10 +11090,6 @@ static int main_serve(int argc, char **argv)
         return 1;
     while (!loop_is_over)
         loop_round(&mask);
-    if (cfg.bind.is_unix)
-        (void)unlink((const char *)cfg.bind.path.p);
-    if (cfg.has_metrics && cfg.metrics.is_unix)
-        (void)unlink((const char *)cfg.metrics.path.p);
     LOG0(EV_STOPPED);
     return 0;
 }

@@ -217,12 +217,52 @@ static void head_limits(void)
     }
 }
 
+/* Heads with a few bytes changed: the same verdict at any split, and never
+ * more than there is. */
+static void head_noise(bool is_reply)
+{
+    static const char *const seed[] = {
+        "POST /get_token HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n"
+        "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: "
+        "chunked\r\nLocation: https://a/\r\nExpires: 0\r\n\r\n" };
+    static const char likely[] = "\r\n: \t,;0/1.HTPX\x7f\x80";
+    unsigned differ = 0, beyond = 0, taken = 0;
+    for (int i = 0; i < 20000; i++) {
+        char text[300];
+        struct h1_head a, b;
+        size_t len = strlen(seed[is_reply]);
+        memcpy(text, seed[is_reply], len);
+        for (unsigned k = 1 + dice() % 3; k > 0; k--) {
+            size_t at = dice() % len;
+            if (dice() % 3 == 0) {
+                memmove(text + at, text + at + 1, len - at - 1);
+                len--;
+            } else {
+                text[at] = dice() % 4 ? likely[dice() % sizeof likely]
+                    : (char)dice();
+            }
+        }
+        sl in = { (uint8_t *)text, len };
+        int n = head_run(in, is_reply, len, 1, &a);
+        int m = head_run(in, is_reply, dice() % len, 1 + dice() % 5, &b);
+        differ += n != m || (n > 0 && memcmp(&a, &b, sizeof a) != 0);
+        beyond += n > (int)len;
+        taken += n > 0;
+    }
+    row(name_of("20,000 %s with noise", is_reply ? "replies" : "requests"),
+        differ == 0 && beyond == 0 && taken > 500 && taken < 19500,
+        "%u differ, %u beyond, %u taken", differ, beyond, taken);
+}
+
 static void test_http_head(void)
 {
     vec_each("requests.txt", request_row);
     vec_each("replies.txt", reply_row);
     head_bytes();
     head_limits();
+    head_noise(false);
+    head_noise(true);
     /* a prefix never decides as complete */
     static const char whole[] = "\r\nPOST /get_token HTTP/1.1\r\n"
         "Host: example.org\r\nContent-Length: 2\r\n\r\n";
@@ -351,9 +391,36 @@ static void chunk_row(struct vec *v)
     row(vec_name(v, "per byte and at every split"), same, "differs");
 }
 
+static void chunk_noise(void)
+{
+    static const char seed[] = "5;a=b\r\nhello\r\n10\r\n0123456789abcdef"
+        "\r\n0\r\nX: y\r\n\r\n";
+    static const char likely[] = "\r\n;:0123fF \t\x7f";
+    unsigned differ = 0, taken = 0;
+    for (int i = 0; i < 20000; i++) {
+        char text[200];
+        struct bb a = { chunk_out[0], 0, VEC_LEN, false };
+        struct bb b = { chunk_out[1], 0, VEC_LEN, false };
+        bool end_a, end_b;
+        memcpy(text, seed, sizeof seed);
+        for (unsigned k = 1 + dice() % 2; k > 0; k--)
+            text[dice() % (sizeof seed - 1)] = likely[dice()
+                % sizeof likely];
+        sl in = { (uint8_t *)text, sizeof seed - 1 };
+        int n = chunk_run(in, in.len, 1, &a, &end_a);
+        int m = chunk_run(in, dice() % in.len, 1 + dice() % 5, &b, &end_b);
+        differ += n != m || (n >= 0 && (end_a != end_b
+            || !sl_eq(work_done(&a), work_done(&b))));
+        taken += n >= 0 && end_a;
+    }
+    row("20,000 chunked bodies with noise", differ == 0 && taken > 500
+        && taken < 19500, "%u differ, %u taken", differ, taken);
+}
+
 static void test_chunked(void)
 {
     vec_each("chunked.txt", chunk_row);
+    chunk_noise();
     static const struct { const char *name, *form; unsigned want; } tab[] = {
         { "as a size", "_\r\n", 22 - 2 },      /* 0 needs a trailer */
         { "behind a size", "1_\r\nx\r\n0\r\n\r\n", 1 },

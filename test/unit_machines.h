@@ -159,7 +159,7 @@ static void query_dial_rows(void)
 /* Aliases that need another question; 8 are followed. */
 static void alias_rows(void)
 {
-    static char name[12][8], script[12][20];
+    static char name[12][24], script[12][24];
     for (int cnt = 7; cnt <= 9; cnt++) {
         net_reset();
         for (int i = 0; i <= cnt; i++) {
@@ -402,12 +402,15 @@ static bool up_is_over(void)
     return up_test->state == UP_DONE || up_test->state == UP_FAILED;
 }
 
+static int up_test_len;              /* of the request's body */
+
 static void up_test_build(uint16_t idx, struct bb *b)
 {
+    (void)idx;
     bb_str(b, "POST /x HTTP/1.1\r\nHost: a.org\r\nContent-Length: ");
-    bb_u64(b, idx);
+    bb_u64(b, (uint64_t)up_test_len);
     bb_str(b, "\r\n\r\n");
-    for (int i = 0; i < idx; i++)
+    for (int i = 0; i < up_test_len; i++)
         bb_byte(b, 'x');
 }
 
@@ -417,8 +420,8 @@ struct up_opt { bool tls, denied; const char *host; enum class class;
 /* Open one call to a.org as the options say. */
 static struct up *up_begin_test(struct up_opt o)
 {
-    struct up_call c = { .owner = KIND_EXCHANGE,
-        .owner_idx = (uint16_t)o.body, .label = TL_SFU,
+    up_test_len = o.body;
+    struct up_call c = { .owner = KIND_EXCHANGE, .label = TL_SFU,
         .trust = { o.class, !o.denied }, .is_tls = o.tls,
         .host = sl_str(o.host ? o.host : "a.org"),
         .port = o.tls ? 443 : 80,
@@ -560,7 +563,7 @@ static void call_rows(void)
         { "U6 four interim replies", A1, "200 {}", { { S(1), .reply = {
           "HTTP/1.1 100 a\r\n\r\nHTTP/1.1 100 a\r\n\r\nHTTP/1.1 100 a\r\n\r\n"
           "HTTP/1.1 100 a\r\n\r\n" OK_REPLY } } }, { 0 }, 1 },
-        { "U6 five interim replies", A1, "REPLY_BAD http", { { S(1),
+        { "U6 five interim replies", A1, "REPLY_LIMIT http", { { S(1),
           .reply = { "HTTP/1.1 100 a\r\n\r\nHTTP/1.1 100 a\r\n\r\n"
           "HTTP/1.1 100 a\r\n\r\nHTTP/1.1 100 a\r\n\r\nHTTP/1.1 100 a\r\n\r\n"
           OK_REPLY } } }, { 0 }, 1 },
@@ -641,7 +644,7 @@ static void tls_rows(void)
           .tls = TLS_CLOSE } }, 1 },
         { "U4 reset", A1, "TLS_CLOSED tls", { { "10.0.0.1", 443,
           .tls = TLS_RESET } }, 1 },
-        { "U4 no TLS there", A1, "TLS_FAILED tls", { { "10.0.0.1", 443,
+        { "U4 no TLS there", A1, "TLS_NONE tls", { { "10.0.0.1", 443,
           .tls = TLS_NOISE } }, 1 },
         { "U4 silent: 5 s", A1, "TLS_TIMEOUT tls", { { "10.0.0.1", 443,
           .tls = TLS_SILENT } }, 5001 },
@@ -837,6 +840,41 @@ static void kept_rows(void)
     }
 }
 
+/* Who may hold how many of the handshakes at once. */
+static void share_rows(void)
+{
+    static const struct { const char *name; enum class class; int dests;
+        unsigned want; } tab[] = {
+        { "a stranger's server", CLASS_STRANGER, 1, 2 },
+        { "strangers", CLASS_STRANGER, 9, LIM_HS_CNT / 2 },
+        { "a listed server", CLASS_LISTED, 1, LIM_HS_DEST },
+        { "listed servers", CLASS_LISTED, 9, LIM_HS_CNT - 2 },
+        { "one of the operator's", CLASS_OPERATOR, 1, LIM_HS_DEST },
+        { "the operator's", CLASS_OPERATOR, 9, LIM_HS_CNT },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        unsigned cnt = 0;
+        net_reset();
+        for (int k = 0; k < 40; k++) {
+            uint8_t key[16] = { (uint8_t)(1 + k % tab[i].dests) };
+            cnt += hs_take(tab[i].class, key) != NULL;
+        }
+        row_int(name_of("U3 handshakes of %s", tab[i].name), cnt,
+            tab[i].want);
+    }
+    /* strangers at their cap leave room for the others */
+    net_reset();
+    for (uint8_t k = 0; k < 20; k++)
+        (void)hs_take(CLASS_STRANGER, (uint8_t[16]){ 1, k });
+    unsigned listed = 0, own = 0;
+    for (uint8_t k = 0; k < 20; k++)
+        listed += hs_take(CLASS_LISTED, (uint8_t[16]){ 2, k }) != NULL;
+    for (uint8_t k = 0; k < 20; k++)
+        own += hs_take(CLASS_OPERATOR, (uint8_t[16]){ 3, k }) != NULL;
+    row("U3 what strangers leave", listed == 2 && own == 2, "%u, %u",
+        listed, own);
+}
+
 static void test_upstream(void)
 {
     int n = sprintf(long_body,
@@ -849,6 +887,7 @@ static void test_upstream(void)
     call_rows();
     tls_rows();
     kept_rows();
+    share_rows();
     /* as many calls as there are, then none */
     net_reset();
     zone_add("a.org", "A", "drop");
@@ -861,8 +900,1484 @@ static void test_upstream(void)
     net_run(net_never, 6000);
     row("all are free again", net_left()[0] == 0, "%s", net_left());
 }
-static void test_discovery(void) { row("todo", true, "x"); }
-static void test_server(void) { row("todo", true, "x"); }
-static void test_exchange(void) { row("todo", true, "x"); }
-static void test_loop(void) { row("todo", true, "x"); }
-static void test_faults(void) { row("todo", true, "x"); }
+
+/* ---- 18: whose token is it (rows L1 to L6) ---- */
+
+#define SUB(name) "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" \
+    "Transfer-Encoding: chunked\r\n\r\n" \
+    "10\r\n{\"x\":1,\"sub\":\"@u\r\n1\r\n:\r\n" name \
+    "\r\n2\r\n\"}\r\n0\r\n\r\n"
+#define SUB_A SUB("5\r\na.org")
+#define WK(text) "HTTP/1.1 200 OK\r\nCache-Control: max-age=600\r\n" \
+    "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" \
+    "D\r\n{\"m.server\":\"\r\n" text "\r\n2\r\n\"}\r\n0\r\n\r\n"
+#define MOVED(where) "HTTP/1.1 302 Found\r\nLocation: " where \
+    "\r\nContent-Length: 0\r\n\r\n"
+#define STATUS(n) "HTTP/1.1 " #n " x\r\nContent-Length: 0\r\n\r\n"
+
+static struct lookup *look_test;
+
+static bool look_is_over(void)
+{
+    return look_test->state == L_DONE || look_test->state == L_FAILED;
+}
+
+static struct lookup *look_begin(const char *server)
+{
+    struct name n;
+    if (!name_parse(sl_str(server), &n))
+        abort();
+    look_test = lookup_open(KIND_EXCHANGE, 0, &n, SL("t+/=k"), SL("rq"),
+        world_ms);
+    return look_test;
+}
+
+/* Outcome, and the userinfo request's address, Host and SNI. */
+static const char *look_text(void)
+{
+    static char text[1000];
+    char host[300] = "-";
+    int n = look_test->state == L_DONE ? sprintf(text, "%.*s",
+        (int)look_test->user.len, look_test->user.p)
+        : look_test->state == L_FAILED ? sprintf(text, "%s %s",
+        event_tab[look_test->why].label, look_test->step)
+        : sprintf(text, "unfinished");
+    for (struct site *t = site_tab; t < site_tab + SITE_CNT && t->host; t++)
+        if (strstr(t->request, "/openid/userinfo?access_token=t%2B%2F%3Dk ")
+            && look_test->state == L_DONE) {
+            const char *h = strstr(t->request, "\r\nHost: ");
+            if (h)
+                sscanf(h + 8, "%299[^\r]", host);
+            sprintf(text + n, " %s %d %s %s", t->host, t->port, host,
+                t->tls == TLS_NO ? "plain" : t->sni[0] ? t->sni : "-");
+        }
+    return text;
+}
+
+struct disco {
+    const char *name, *server, *want;
+    const char *zone[7][3];
+    struct site site[6];
+    bool listed;
+    const char *override;
+    int64_t ms;                      /* -1: any */
+};
+
+static void disco_set(const struct disco *d)
+{
+    net_reset();
+    for (int i = 0; i < 7 && d->zone[i][0]; i++)
+        zone_add(d->zone[i][0], d->zone[i][1], d->zone[i][2]);
+    memcpy(site_tab, d->site, sizeof d->site);
+    if (d->listed) {
+        cfg.full_access[0] = sl_str(d->server);
+        cfg.full_access_cnt = 1;
+    }
+    if (d->override) {
+        cfg.fed[0].name = sl_str(d->server);
+        if (!cfg_base(sl_str(d->override), true, &cfg.fed[0].base))
+            abort();
+        cfg.fed_cnt = 1;
+    }
+}
+
+/* The 9.9.9.x are public; site 1 is the server's own, 2 the delegated. */
+#define W(n, ...) { "9.9.9." #n, 443, .tls = TLS_YES, __VA_ARGS__ }
+#define F(n, ...) { "9.9.9." #n, 8448, .tls = TLS_YES, __VA_ARGS__ }
+#define A_ORG { "a.org", "A", "A:9.9.9.1" }
+#define B_ORG { "b.org", "A", "A:9.9.9.2" }
+static const struct disco disco_tab[] = {
+    { "1 literal", "9.9.9.1", "@u:9.9.9.1 9.9.9.1 8448 9.9.9.1 -", { { 0 } },
+      { F(1, .san = "9.9.9.1", .reply = { SUB("7\r\n9.9.9.1") }) },
+      .ms = 1 },
+    { "1 literal with a port", "9.9.9.1:8449",
+      "@u:9.9.9.1:8449 9.9.9.1 8449 9.9.9.1:8449 -", { { 0 } },
+      { { "9.9.9.1", 8449, .tls = TLS_YES, .san = "9.9.9.1",
+      .reply = { SUB("c\r\n9.9.9.1:8449") } } }, .ms = 1 },
+    { "1 IPv6 literal", "[2600::1]",
+      "@u:[2600::1] 2600::1 8448 [2600::1] -", { { 0 } },
+      { { "2600::1", 8448, .tls = TLS_YES, .san = "2600::1",
+      .reply = { SUB("9\r\n[2600::1]") } } }, .ms = 1 },
+    { "1 literal, certificate for a name", "9.9.9.1", "TLS_NAME tls",
+      { { 0 } }, { F(1, .san = "a.org") }, .ms = 1 },
+    { "2 name with port: no well-known, no SRV", "a.org:1234",
+      "@u:a.org:1234 9.9.9.1 1234 a.org:1234 a.org", { A_ORG },
+      { { "9.9.9.1", 1234, .tls = TLS_YES, .san = "a.org",
+      .reply = { SUB("a\r\na.org:1234") } }, W(1, .san = "a.org",
+      .reply = { WK("5\r\nb.org") }) }, .ms = 1 },
+    { "3.1 delegated to a literal", "a.org",
+      "@u:a.org 9.9.9.2 8448 9.9.9.2 -", { A_ORG }, { W(1, .san = "a.org",
+      .reply = { WK("7\r\n9.9.9.2") }), F(2, .san = "9.9.9.2",
+      .reply = { SUB_A }) }, .ms = 2 },
+    { "3.1 delegated to a literal with port", "a.org",
+      "@u:a.org 9.9.9.2 99 9.9.9.2:99 -", { A_ORG }, { W(1, .san = "a.org",
+      .reply = { WK("a\r\n9.9.9.2:99") }), { "9.9.9.2", 99, .tls = TLS_YES,
+      .san = "9.9.9.2", .reply = { SUB_A } } }, .ms = 2 },
+    { "3.2 delegated to a name with port", "a.org",
+      "@u:a.org 9.9.9.2 443 b.org:443 b.org", { A_ORG, B_ORG,
+      { "_matrix-fed._tcp.b.org", "SRV", "SRV:1/1/1/x.org" } },
+      { W(1, .san = "a.org", .reply = { WK("9\r\nb.org:443") }),
+      W(2, .san = "b.org", .reply = { SUB_A }) }, .ms = 2 },
+    { "3.3 delegated, SRV", "a.org", "@u:a.org 9.9.9.3 77 b.org b.org",
+      { A_ORG, { "_matrix-fed._tcp.b.org", "SRV", "SRV:1/1/77/c.org" },
+      { "_matrix._tcp.b.org", "SRV", "SRV:1/1/78/c.org" },
+      { "c.org", "A", "A:9.9.9.3" } }, { W(1, .san = "a.org",
+      .reply = { WK("5\r\nb.org") }), { "9.9.9.3", 77, .tls = TLS_YES,
+      .san = "b.org", .reply = { SUB_A } } }, .ms = 2 },
+    { "3.4 delegated, old SRV", "a.org", "@u:a.org 9.9.9.3 78 b.org b.org",
+      { A_ORG, { "_matrix._tcp.b.org", "SRV", "SRV:1/1/78/c.org" },
+      { "c.org", "A", "A:9.9.9.3" } }, { W(1, .san = "a.org",
+      .reply = { WK("5\r\nb.org") }), { "9.9.9.3", 78, .tls = TLS_YES,
+      .san = "b.org", .reply = { SUB_A } } }, .ms = 2 },
+    { "3.5 delegated, no SRV", "a.org",
+      "@u:a.org 9.9.9.2 8448 b.org b.org", { A_ORG, B_ORG }, { W(1,
+      .san = "a.org", .reply = { WK("5\r\nb.org") }), F(2, .san = "b.org",
+      .reply = { SUB_A }) }, .ms = 2 },
+    { "4 no well-known, SRV", "a.org", "@u:a.org 9.9.9.3 77 a.org a.org",
+      { A_ORG, { "_matrix-fed._tcp.a.org", "SRV", "SRV:1/1/77/c.org" },
+      { "c.org", "A", "A:9.9.9.3" } }, { W(1, .san = "a.org",
+      .reply = { STATUS(404) }), { "9.9.9.3", 77, .tls = TLS_YES,
+      .san = "a.org", .reply = { SUB_A } } }, .ms = 2 },
+    { "4 certificate of the target's name", "a.org", "TLS_NAME tls",
+      { A_ORG, { "_matrix-fed._tcp.a.org", "SRV", "SRV:1/1/77/c.org" },
+      { "c.org", "A", "A:9.9.9.3" } }, { { "9.9.9.3", 77, .tls = TLS_YES,
+      .san = "c.org", .reply = { SUB_A } } }, .ms = -1 },
+    { "5 no well-known, old SRV", "a.org",
+      "@u:a.org 9.9.9.3 78 a.org a.org", { A_ORG,
+      { "_matrix-fed._tcp.a.org", "SRV", "SRV:0/0/0/." },
+      { "_matrix._tcp.a.org", "SRV", "SRV:1/1/78/c.org" },
+      { "c.org", "A", "A:9.9.9.3" } }, { { "9.9.9.3", 78, .tls = TLS_YES,
+      .san = "a.org", .reply = { SUB_A } } }, .ms = 2 },
+    { "6 neither", "a.org", "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG },
+      { F(1, .san = "a.org", .reply = { SUB_A }) }, .ms = 2 },
+    { "6 SRV servers fail: 8448 at once", "a.org",
+      "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG,
+      { "_matrix-fed._tcp.a.org", "SRV", "fail" },
+      { "_matrix._tcp.a.org", "SRV", "SRV:1/1/78/c.org" } },
+      { F(1, .san = "a.org", .reply = { SUB_A }) }, .ms = 2 },
+    /* every way a well-known can fail leads to step 4 */
+#define WK_BAD(what, ...) { "well-known: " what, "a.org", \
+      "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG }, { F(1, .san = "a.org",\
+      .reply = { SUB_A }), W(1, .san = "a.org", __VA_ARGS__) }, .ms = -1 }
+    WK_BAD("404", .reply = { STATUS(404) }),
+    WK_BAD("500", .reply = { STATUS(500) }),
+    WK_BAD("204", .reply = { STATUS(204) }),
+    WK_BAD("no JSON", .reply = { "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n"
+        "\r\n<html>" }),
+    WK_BAD("empty", .reply = { STATUS(200) }),
+    WK_BAD("no member", .reply = { "HTTP/1.1 200 OK\r\nContent-Length: 2"
+        "\r\n\r\n{}" }),
+    WK_BAD("no string", .reply = { "HTTP/1.1 200 OK\r\nContent-Length: 14"
+        "\r\n\r\n{\"m.server\":1}" }),
+    WK_BAD("no name", .reply = { WK("6\r\nb org:") }),
+    WK_BAD("a URL", .reply = { WK("d\r\nhttps://b.org") }),
+    WK_BAD("port 0", .reply = { WK("7\r\nb.org:0") }),
+    WK_BAD("twice", .reply = { "HTTP/1.1 200 OK\r\nContent-Length: 31\r\n"
+        "\r\n{\"m.server\":\"b\",\"m.server\":\"c\"}" }),
+    WK_BAD("refused", .dial = DIAL_REFUSE),
+    WK_BAD("silent", .reply = { "" }),
+    WK_BAD("silent TLS", .reply = { "" }),
+    WK_BAD("closed", .reply = { "~" }),
+    WK_BAD("too long", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 51201\r\n\r\n" }),
+    WK_BAD("redirect without target", .reply = { STATUS(302) }),
+    WK_BAD("redirect to http", .reply = { MOVED("http://b.org/") }),
+    WK_BAD("redirect to a label", .reply = { MOVED("https://b/") }),
+    WK_BAD("redirect with a user", .reply = { MOVED("https://u@b.org/") }),
+    WK_BAD("redirect to nowhere", .reply = { MOVED("https://") }),
+    WK_BAD("relative redirect", .reply = { MOVED("x") }),
+    WK_BAD("redirects for ever", .reply = { MOVED("/x") }),
+    WK_BAD("redirect to a private address",
+        .reply = { MOVED("https://10.0.0.1/") }),
+    WK_BAD("304", .reply = { STATUS(304) }),
+    { "well-known: another certificate", "a.org",
+      "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG }, { F(1, .san = "a.org",
+      .reply = { SUB_A }), W(1, .san = "b.org",
+      .reply = { WK("5\r\nb.org") }) }, .ms = 2 },
+    { "well-known: three redirects", "a.org",
+      "@u:a.org 9.9.9.2 443 b.org:443 b.org", { A_ORG, B_ORG,
+      { "c.org", "A", "A:9.9.9.3" } }, { W(1, .san = "a.org", .reply = {
+      MOVED("/x"), MOVED("https://c.org/y?z"),
+      WK("9\r\nb.org:443") }), W(3, .san = "c.org", .reply = {
+      MOVED("//a.org/last") }), W(2, .san = "b.org",
+      .reply = { SUB_A }) }, .ms = -1 },
+    { "well-known: delegated to a label", "a.org", "NAME_BAD name",
+      { A_ORG }, { W(1, .san = "a.org", .reply = { WK("4\r\nb:80") }) },
+      .ms = 1 },
+    { "well-known: delegated to a private address", "a.org",
+      "SSRF_DENIED connect", { A_ORG }, { W(1, .san = "a.org",
+      .reply = { WK("8\r\n10.0.0.1") }), { "10.0.0.1", 8448, .tls = TLS_YES,
+      .san = "10.0.0.1", .reply = { SUB_A } } }, .ms = 1 },
+    { "well-known: delegated to a private name", "a.org",
+      "SSRF_DENIED connect", { A_ORG, { "b.org", "A", "A:127.0.0.1" } },
+      { W(1, .san = "a.org", .reply = { WK("5\r\nb.org") }) }, .ms = 1 },
+    { "SRV to a private address", "a.org", "SSRF_DENIED connect", { A_ORG,
+      { "_matrix-fed._tcp.a.org", "SRV", "SRV:1/1/77/c.org" },
+      { "c.org", "A", "A:169.254.169.254" } }, { { 0 } }, .ms = 1 },
+    { "private literal", "10.0.0.1", "SSRF_DENIED connect", { { 0 } },
+      { { 0 } }, .ms = 0 },
+    { "private address, listed", "a.org",
+      "@u:a.org 10.0.0.1 8448 a.org a.org", { { "a.org", "A",
+      "A:10.0.0.1" } }, { { "10.0.0.1", 8448, .tls = TLS_YES,
+      .san = "a.org", .reply = { SUB_A } } }, .listed = true, .ms = 2 },
+    { "a label", "alpha", "NAME_BAD name", { { 0 } }, { { 0 } }, .ms = 0 },
+    { "a label with port", "alpha:80", "NAME_BAD name", { { 0 } }, { { 0 } },
+      .ms = 0 },
+    { "a label, listed", "alpha", "@u:alpha 10.0.0.1 8448 alpha alpha",
+      { { "alpha", "A", "A:10.0.0.1" } }, { { "10.0.0.1", 8448,
+      .tls = TLS_YES, .san = "alpha", .reply = { SUB("5\r\nalpha") } } },
+      .listed = true, .ms = 2 },
+    /* SRV targets in turn */
+    { "SRV by priority, the first refuses", "a.org",
+      "@u:a.org 9.9.9.3 77 a.org a.org", { A_ORG,
+      { "_matrix-fed._tcp.a.org", "SRV",
+      "SRV:20/1/77/c.org+10/1/66/b.org" }, B_ORG,
+      { "c.org", "A", "A:9.9.9.3" } }, { { "9.9.9.2", 66,
+      .dial = DIAL_REFUSE }, { "9.9.9.3", 77, .tls = TLS_YES,
+      .san = "a.org", .reply = { SUB_A } } }, .ms = 3 },
+    { "SRV, the first is another's", "a.org",
+      "@u:a.org 9.9.9.3 77 a.org a.org", { A_ORG,
+      { "_matrix-fed._tcp.a.org", "SRV",
+      "SRV:10/1/66/b.org+20/1/77/c.org" }, B_ORG,
+      { "c.org", "A", "A:9.9.9.3" } }, { { "9.9.9.2", 66, .tls = TLS_YES,
+      .san = "b.org" }, { "9.9.9.3", 77, .tls = TLS_YES, .san = "a.org",
+      .reply = { SUB_A } } }, .ms = 3 },
+    { "SRV, the first answers with an error: no other is asked", "a.org",
+      "REPLY_STATUS http", { A_ORG, { "_matrix-fed._tcp.a.org", "SRV",
+      "SRV:10/1/66/b.org+20/1/77/c.org" }, B_ORG,
+      { "c.org", "A", "A:9.9.9.3" } }, { { "9.9.9.2", 66, .tls = TLS_YES,
+      .san = "a.org", .reply = { STATUS(500) } }, { "9.9.9.3", 77,
+      .tls = TLS_YES, .san = "a.org", .reply = { SUB_A } } }, .ms = 2 },
+    { "SRV of port 0", "a.org", "@u:a.org 9.9.9.1 8448 a.org a.org",
+      { A_ORG, { "_matrix-fed._tcp.a.org", "SRV", "SRV:1/1/0/c.org" } },
+      { F(1, .san = "a.org", .reply = { SUB_A }) }, .ms = 2 },
+    /* what userinfo may say */
+#define INFO(what, event, ...) { "userinfo: " what, "a.org:1", event, \
+      { A_ORG }, { { "9.9.9.1", 1, .tls = TLS_YES, .san = "a.org", \
+      __VA_ARGS__ } }, .ms = -1 }
+    INFO("401", "TOKEN_UNKNOWN http", .reply = { STATUS(401) }),
+    INFO("403", "REPLY_STATUS http", .reply = { STATUS(403) }),
+    INFO("404", "REPLY_STATUS http", .reply = { STATUS(404) }),
+    INFO("500", "REPLY_STATUS http", .reply = { STATUS(500) }),
+    INFO("201", "REPLY_STATUS http", .reply = { STATUS(201) }),
+    INFO("redirect", "REPLY_STATUS http", .reply = {
+        MOVED("https://a.org:1/x") }),
+    INFO("empty", "REPLY_JSON http", .reply = { STATUS(200) }),
+    INFO("no object", "REPLY_JSON http", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 12\r\n\r\n[\"@u:a.org\"]" }),
+    INFO("no sub", "SUB_BAD sub", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 2\r\n\r\n{}" }),
+    INFO("sub null", "SUB_BAD sub", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 12\r\n\r\n{\"sub\":null}" }),
+    INFO("sub is no string", "REPLY_JSON http", .reply = {
+        "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{\"sub\":1}" }),
+    INFO("sub twice", "REPLY_JSON http", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 33\r\n\r\n"
+        "{\"sub\":\"@u:a.org:1\",\"sub\":\"@v:a\"}" }),
+    INFO("of the name without port", "SUB_BAD sub", .reply = { SUB_A }),
+    INFO("of another server", "SUB_BAD sub", .reply = {
+        SUB("7\r\nb.org:1") }),
+    INFO("too long", "REPLY_LIMIT http", .reply = { "HTTP/1.1 200 OK\r\n"
+        "Content-Length: 8193\r\n\r\n" }),
+    INFO("cut", "REPLY_CLOSED http", .reply = { "~HTTP/1.1 200 OK\r\n"
+        "Content-Length: 30\r\n\r\n{\"sub\":\"@u:a.org:1\"}" }),
+    INFO("silent", "HS_TIMEOUT http", .reply = { "" }),
+    INFO("refused", "CONNECT_FAILED connect", .dial = DIAL_REFUSE),
+    INFO("never connects", "CONNECT_TIMEOUT connect", .dial = DIAL_HOLE),
+    { "no address", "a.org:1", "DNS_NONE address", { { 0 } }, { { 0 } },
+      .ms = 0 },
+    { "DNS fails", "a.org:1", "DNS_FAILED address", { { "a.org", "A",
+      "fail" }, { "a.org", "AAAA", "fail" } }, { { 0 } }, .ms = 0 },
+    /* overrides */
+    { "override, plain, with a path", "a.org",
+      "@u:a.org 10.0.0.7 8008 hs:8008 plain", { { "hs", "A",
+      "A:10.0.0.7" } }, { { "10.0.0.7", 8008, .reply = { SUB_A } } },
+      .override = "http://hs:8008/base/", .ms = 1 },
+    { "override, TLS for the URL's name", "a.org",
+      "@u:a.org 10.0.0.7 443 hs.lan hs.lan", { { "hs.lan", "A",
+      "A:10.0.0.7" } }, { { "10.0.0.7", 443, .tls = TLS_YES,
+      .san = "hs.lan", .reply = { SUB_A } } }, .override = "hs.lan",
+      .ms = 1 },
+    { "override, certificate of the server's name", "a.org",
+      "TLS_NAME tls", { { "hs.lan", "A", "A:10.0.0.7" } }, { { "10.0.0.7",
+      443, .tls = TLS_YES, .san = "a.org", .reply = { SUB_A } } },
+      .override = "hs.lan", .ms = 1 },
+    { "override, user of the URL's name", "a.org", "SUB_BAD sub",
+      { { "b.org", "A", "A:10.0.0.7" } }, { { "10.0.0.7", 80,
+      .reply = { SUB("5\r\nb.org") } } }, .override = "http://b.org",
+      .ms = 1 },
+    { "override, refused: nothing else is tried", "a.org",
+      "CONNECT_FAILED connect", { A_ORG, { "hs", "A", "A:10.0.0.7" } },
+      { F(1, .san = "a.org", .reply = { SUB_A }) },
+      .override = "http://hs:8008", .ms = 1 },
+    { "override, redirect", "a.org", "REPLY_STATUS http", { { "hs", "A",
+      "A:10.0.0.7" } }, { { "10.0.0.7", 80, .reply = {
+      MOVED("http://hs/x") } } }, .override = "http://hs", .ms = 1 },
+};
+
+static void disco_rows(void)
+{
+    for (size_t i = 0; i < COUNT_OF(disco_tab); i++) {
+        const struct disco *d = &disco_tab[i];
+        disco_set(d);
+        int64_t begin = world_ms;
+        (void)look_begin(d->server);
+        bool over = net_run(look_is_over, 60000);
+        int64_t ms = world_ms - begin;
+        char got[1000];
+        snprintf(got, sizeof got, "%s", look_text());
+        lookup_close(look_test, world_ms);
+        net_run(net_never, 80000);
+        row(d->name, over && strcmp(got, d->want) == 0 && (d->ms < 0
+            ? ms <= LIM_LOOKUP_MS : ms == d->ms) && net_left()[0] == 0,
+            "%s, %lld ms %s", got, (long long)ms, net_left());
+        row(name_of("%s: the token is in no log", d->name),
+            !log_has("t+/=k") && !log_has("t%2B%2F"), "%s", log_buf);
+    }
+}
+
+/* What the well-known cache holds, and for how long. */
+static void wk_rows(void)
+{
+    static const struct disco good = { "", "a.org", "", { A_ORG, B_ORG,
+        { "c.org", "A", "A:9.9.9.3" } }, { W(1, .san = "a.org",
+        .reply = { WK("5\r\nb.org"), WK("5\r\nc.org") }), F(2,
+        .san = "b.org", .reply = { SUB_A }), F(3, .san = "c.org",
+        .reply = { SUB_A }) }, .ms = -1 };
+    static const struct { const char *name; int64_t after_ms;
+        int requests; const char *host; } tab[] = {
+        { "at once", 1, 1, "9.9.9.2" },
+        { "just in time", 599000, 1, "9.9.9.2" },
+        { "after max-age", 601000, 2, "9.9.9.3" },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        disco_set(&good);
+        (void)look_begin("a.org");
+        (void)net_run(look_is_over, 60000);
+        lookup_close(look_test, world_ms);
+        net_run(net_never, tab[i].after_ms);
+        site_tab[1].request[0] = 0;
+        (void)look_begin("a.org");
+        (void)net_run(look_is_over, 60000);
+        row(name_of("delegation again, %s", tab[i].name),
+            site_tab[0].requests == tab[i].requests
+            && strstr(look_text(), tab[i].host), "%d requests, %s",
+            site_tab[0].requests, look_text());
+        lookup_close(look_test, world_ms);
+    }
+    /* failures: a minute, doubling to an hour; a listed one always one */
+    for (int listed = 0; listed < 2; listed++) {
+        struct disco bad = { "", "a.org", "", { A_ORG }, { W(1,
+            .san = "a.org", .reply = { STATUS(404) }), F(1, .san = "a.org",
+            .reply = { SUB_A }) }, .listed = listed, .ms = -1 };
+        disco_set(&bad);
+        int64_t wait = 60000;
+        bool same = true;
+        for (int n = 1; n < 10 && same; n++) {
+            for (int late = 0; late < 2; late++) {
+                (void)look_begin("a.org");
+                (void)net_run(look_is_over, 60000);
+                lookup_close(look_test, world_ms);
+                same &= site_tab[0].requests == n;
+                net_run(net_never, late ? 2000 : wait - 1000);
+            }
+            wait = listed ? 60000 : wait * 2 > 3600000 ? 3600000 : wait * 2;
+        }
+        row(listed ? "a listed one's failure: a minute each"
+            : "a failure: a minute, doubling to an hour", same,
+            "%d requests, wait %lld", site_tab[0].requests,
+            (long long)wait);
+    }
+    /* a passing failure keeps the good answer for 48 hours, a lasting one
+     * does not */
+    for (int passing = 0; passing < 2; passing++) {
+        struct disco d = good;
+        d.site[0].reply[1] = passing ? STATUS(503) : STATUS(404);
+        d.site[3] = (struct site)F(1, .san = "a.org", .reply = { SUB_A });
+        disco_set(&d);
+        (void)look_begin("a.org");
+        (void)net_run(look_is_over, 60000);
+        lookup_close(look_test, world_ms);
+        net_run(net_never, 700000);
+        site_tab[1].request[0] = 0;
+        (void)look_begin("a.org");
+        (void)net_run(look_is_over, 60000);
+        row(passing ? "503 keeps the delegation" : "404 ends it",
+            site_tab[0].requests == 2 && strstr(look_text(), passing
+                ? "9.9.9.2" : "9.9.9.1 8448"), "%d requests, %s",
+            site_tab[0].requests, look_text());
+        lookup_close(look_test, world_ms);
+    }
+    /* a cached delegation that no longer connects is forgotten, once */
+    struct disco moved = good;
+    moved.site[1].dial = DIAL_OK;
+    disco_set(&moved);
+    (void)look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    lookup_close(look_test, world_ms);
+    net_run(net_never, 61000);
+    site_tab[1].dial = DIAL_REFUSE;
+    (void)look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    row("a delegation that moved", strstr(look_text(), "9.9.9.3 8448")
+        && site_tab[0].requests == 2, "%s", look_text());
+    lookup_close(look_test, world_ms);
+    net_run(net_never, 61000);
+    site_tab[2].dial = DIAL_REFUSE;
+    (void)look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    row("a delegation that is down", strcmp(look_text(),
+        "CONNECT_FAILED connect") == 0 && site_tab[0].requests == 3,
+        "%s, %d requests", look_text(), site_tab[0].requests);
+    lookup_close(look_test, world_ms);
+    /* L2: the second waits for the first one's fetch */
+    disco_set(&good);
+    struct lookup *first = look_begin("a.org");
+    struct lookup *second = look_begin("a.org");
+    row("L2 waits for another's fetch", first->state == L_WELL_KNOWN
+        && second->state == L_WK_WAIT, "%d %d", first->state,
+        second->state);
+    (void)net_run(look_is_over, 60000);
+    row("L2 goes on with its result", second->state == L_DONE
+        && site_tab[0].requests == 1, "%s, %d requests", look_text(),
+        site_tab[0].requests);
+    lookup_close(first, world_ms);
+    lookup_close(second, world_ms);
+    /* L2: as long as its own time lasts */
+    struct disco hang = good;
+    hang.site[0].reply[0] = "";
+    disco_set(&hang);
+    cfg.lookup_ms = 3000;
+    first = look_begin("a.org");
+    cfg.lookup_ms = 1000;
+    second = look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    row("L2 its own end", second->state == L_FAILED
+        && second->why == EV_HS_TIMEOUT, "%s", look_text());
+    lookup_close(first, world_ms);
+    lookup_close(second, world_ms);
+    /* the call's time in all */
+    disco_set(&hang);
+    cfg.lookup_ms = 4000;
+    int64_t begin = world_ms;
+    (void)look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    row("a lookup's time in all", look_test->state == L_FAILED
+        && world_ms - begin == 4000, "%s, %lld ms", look_text(),
+        (long long)(world_ms - begin));
+    lookup_close(look_test, world_ms);
+}
+
+/* SRV records of one priority are taken by weight (RFC 2782). */
+static void weight_rows(void)
+{
+    static struct dns_entry e;
+    static struct lookup l;
+    struct bb b = { e.data, 0, sizeof e.data, false };
+    static const struct { uint16_t prio, weight; const char *host; } rec[] = {
+        { 10, 60, "a" }, { 10, 30, "b" }, { 10, 10, "c" }, { 20, 1, "d" },
+        { 5, 0, "e" } };
+    for (size_t i = 0; i < COUNT_OF(rec); i++) {
+        put16(&b, rec[i].prio);
+        put16(&b, rec[i].weight);
+        put16(&b, 1);
+        bb_byte(&b, 1);
+        bb_str(&b, rec[i].host);
+    }
+    e.data_len = (uint16_t)b.len;
+    e.rec_cnt = COUNT_OF(rec);
+    unsigned second[4] = { 0 }, wrong = 0;
+    for (int i = 0; i < 10000; i++) {
+        lookup_srv_targets(&l, &e);
+        wrong += l.target_cnt != 4 || l.target[0].host[0] != 'e'
+            || l.target[1].host[0] > 'c' || l.target[1].host[0] < 'a'
+            || l.target[2].host[0] > 'c' || l.target[3].host[0] > 'c'
+            || l.target[1].host[0] == l.target[2].host[0];
+        second[l.target[1].host[0] & 3]++;
+    }
+    row("SRV: priorities ascend, four at most", wrong == 0, "%u wrong",
+        wrong);
+    row("SRV: chosen by weight", second[1] > 5500 && second[1] < 6500
+        && second[2] > 2500 && second[2] < 3500 && second[3] > 600
+        && second[3] < 1500, "%u %u %u", second[1], second[2], second[3]);
+}
+
+static void test_discovery(void)
+{
+    disco_rows();
+    wk_rows();
+    weight_rows();
+    /* how many lookups may run: all, a server's, strangers' */
+    net_reset();
+    zone_add("x.org", "A", "drop");
+    cfg.lookups_per_server = 5;
+    unsigned cnt = 0;
+    while (lookup_may_open(dest_hash(SL("x.org:1")), false)
+           && look_begin("x.org:1"))
+        cnt++;
+    row_int("lookups of a stranger", cnt, 5);
+    for (; lookup_may_open(dest_hash(SL("y.org:1")), false) && cnt < 300;
+         cnt++) {
+        static char name[300][20];
+        snprintf(name[cnt], sizeof name[0], "n%u.org:1", cnt);
+        (void)look_begin(name[cnt]);
+    }
+    row_int("lookups of strangers", cnt, LIM_STRANGER_CNT);
+    row("the rest is for the listed", lookup_may_open(1, true), "refused");
+    for (size_t i = 0; i < LIM_UP_CNT; i++)
+        if (lookup_pool[i].state != L_FREE)
+            lookup_close(&lookup_pool[i], world_ms);
+    net_run(net_never, 6000);
+    row("all are free again", net_left()[0] == 0, "%s", net_left());
+}
+
+/* ---- 22: clients (rows C1 to C5) ---- */
+
+/* Replies as text: `200+` each, `-` when it says close, `#` when bytes are
+ * no reply; then `closed` when the connection is. */
+static const char *client_text(const struct sock *s)
+{
+    static char text[4000];
+    size_t n = 0;
+    const char *p = (const char *)s->out, *end = p + s->out_len;
+    text[0] = 0;
+    while (p < end && n < sizeof text - 20) {
+        int code;
+        const char *body = memmem(p, (size_t)(end - p), "\r\n\r\n", 4);
+        if (!body || sscanf(p, "HTTP/1.1 %3d ", &code) != 1) {
+            strcat(text, "# ");
+            break;
+        }
+        char head[2000];
+        snprintf(head, sizeof head, "%.*s", (int)(body - p), p);
+        const char *len = strstr(head, "\r\nContent-Length: ");
+        body += 4;
+        if (len && s->tag != 2)
+            body += strtoul(len + 18, NULL, 10);
+        n += (size_t)sprintf(text + n, "%d%s ", code, code == 100 ? ""
+            : strstr(head, "\r\nConnection: close") ? "-" : "+");
+        p = body;
+    }
+    if (!s->used)
+        strcat(text, "closed");
+    return text;
+}
+
+#define GET(path) "GET " path " HTTP/1.1\r\nHost: x\r\n\r\n"
+#define POST(path, len) "POST " path " HTTP/1.1\r\nHost: x\r\n" \
+    "Content-Length: " #len "\r\n\r\n"
+
+static char long_post[70000];
+
+/* What comes at 0 ms and at later_ms, and what is said at at_ms. */
+static const struct client_case { const char *name, *in, *later;
+    int64_t later_ms, at_ms; const char *want; bool eof; } client_tab[] = {
+    { "C1 a request", GET("/healthz"), NULL, 0, 100, "200+ " },
+    { "C1 HTTP/1.0", "GET /healthz HTTP/1.0\r\n\r\n", NULL, 0, 100,
+      "200- closed" },
+    { "C1 close asked", "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: "
+      "close\r\n\r\n", NULL, 0, 100, "200- closed" },
+    { "C1 three at once, in order", GET("/healthz") GET("/x")
+      "OPTIONS /get_token HTTP/1.1\r\nHost: x\r\n\r\n", NULL, 0, 100,
+      "200+ 404+ 200+ " },
+    { "C1 one after the other", GET("/healthz"), GET("/y"), 600000, 600001,
+      "200+ 404+ " },
+    { "C1 idle until 650 s", GET("/healthz"), NULL, 0, 649990, "200+ " },
+    { "C1 idle after 650 s", GET("/healthz"), NULL, 0, 650100,
+      "200+ closed" },
+    { "C1 silent until 10 s", "", NULL, 0, 9990, "" },
+    { "C1 silent after 10 s", "", NULL, 0, 10010, "closed" },
+    { "C1 half a head until 10 s", "GET /", NULL, 0, 9990, "" },
+    { "C1 half a head after 10 s", "GET /", NULL, 0, 10010, "408- " },
+    { "C1 a byte more moves no deadline", "GET /", "x", 9900, 10010,
+      "408- " },
+    { "C1 the second head has its own 10 s", GET("/healthz"), "GET /",
+      5000, 14900, "200+ " },
+    { "C1 and no more", GET("/healthz"), "GET /", 5000, 15100,
+      "200+ 408- " },
+    { "C1 the end, nothing sent", "", NULL, 0, 100, "closed", true },
+    { "C1 the end in a head", "GET /", NULL, 0, 100, "closed", true },
+    { "C1 the end after a request", GET("/healthz"), NULL, 0, 100,
+      "200+ closed", true },
+    { "C1 the end after three", GET("/healthz") GET("/x") GET("/healthz"),
+      NULL, 0, 100, "200+ 404+ 200+ closed", true },
+    { "C1 no HTTP", "\x16\x03\x01\r\n\r\n", NULL, 0, 100, "400- " },
+    { "C1 bare LF", "GET /healthz HTTP/1.1\nHost: x\n\n", NULL, 0, 100,
+      "400- " },
+    { "C1 HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", NULL, 0, 100,
+      "505- " },
+    { "C1 unknown coding", "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding"
+      ": gzip, chunked\r\n\r\n", NULL, 0, 100, "501- " },
+    { "C1 a refusal ends the queue", GET("/healthz") "X\r\n\r\n"
+      GET("/healthz"), NULL, 0, 100, "200+ 400- " },
+    { "C1 other Expect", "POST /get_token HTTP/1.1\r\nHost: x\r\nExpect: "
+      "tea\r\nContent-Length: 2\r\n\r\n", NULL, 0, 100, "417- " },
+    { "C1 methods", "POST /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+      GET("/get_token") "get /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+      "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", NULL, 0, 100,
+      "405+ 405+ 405+ 200+ " },
+    { "C2 a body", POST("/get_token", 2) "xx", NULL, 0, 100, "400+ " },
+    { "C2 no body", "POST /get_token HTTP/1.1\r\nHost: x\r\n\r\n", NULL, 0,
+      100, "400+ " },
+    { "C2 a body in two", POST("/get_token", 2) "x", "x", 14000, 14001,
+      "400+ " },
+    { "C2 half a body until 15 s", POST("/get_token", 2) "x", NULL, 0,
+      14990, "" },
+    { "C2 half a body after 15 s", POST("/get_token", 2) "x", NULL, 0,
+      15010, "408- " },
+    { "C2 the end in a body", POST("/get_token", 2) "x", NULL, 0, 100,
+      "closed", true },
+    { "C2 chunks", "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+      "Transfer-Encoding: chunked\r\n\r\n2\r\nxx\r\n0\r\n\r\n"
+      GET("/healthz"), NULL, 0, 100, "400+ 200+ " },
+    { "C2 bad chunks", "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+      "Transfer-Encoding: chunked\r\n\r\nzz\r\n" GET("/healthz"), NULL, 0,
+      100, "400- " },
+    { "C2 too long by its length", POST("/get_token", 65537), NULL, 0, 100,
+      "413- " },
+    { "C2 as long as may be, not here", POST("/get_token", 65536), NULL, 0,
+      100, "" },
+    { "C2 a long body", long_post, GET("/healthz"), 50, 100, "400+ 200+ " },
+    { "C2 a body with GET", "GET /healthz HTTP/1.1\r\nHost: x\r\n"
+      "Content-Length: 3\r\n\r\nabc" GET("/healthz"), NULL, 0, 100,
+      "200+ 200+ " },
+    { "C2 a long body elsewhere", "GET /healthz HTTP/1.1\r\nHost: x\r\n"
+      "Content-Length: 99999\r\n\r\n", NULL, 0, 100, "200- " },
+    { "C2 continue", "POST /get_token HTTP/1.1\r\nHost: x\r\nExpect: "
+      "100-continue\r\nContent-Length: 2\r\n\r\n", "xx", 50, 100,
+      "100 400+ " },
+    { "C2 continue, body at once", "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+      "Expect: 100-Continue\r\nContent-Length: 2\r\n\r\nxx", NULL, 0, 100,
+      "400+ " },
+    { "C2 continue, refused", "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+      "Expect: 100-continue\r\nContent-Length: 99999\r\n\r\n", NULL, 0, 100,
+      "413- " },
+    { "C2 continue, HTTP/1.0", "POST /get_token HTTP/1.0\r\nExpect: "
+      "100-continue\r\nContent-Length: 2\r\n\r\n", "xx", 50, 100,
+      "400- closed" },
+    { "C5 a refused client, until 2 s", "X\r\n\r\n", NULL, 0, 1990,
+      "400- " },
+    { "C5 a refused client, after 2 s", "X\r\n\r\n", NULL, 0, 2010,
+      "400- closed" },
+    { "C5 a refused client leaves", "X\r\n\r\n", NULL, 0, 100,
+      "400- closed", true },
+    { "C5 a refused client goes on: 64 KB are discarded", "X\r\n\r\n",
+      long_post, 100, 200, "400- " },
+};
+
+static void client_rows(void)
+{
+    for (size_t i = 0; i < COUNT_OF(client_tab); i++)
+        for (int drip = 0; drip < 2; drip++) {
+            const struct client_case *k = &client_tab[i];
+            net_reset();
+            world_chunk = drip ? 1 : SIZE_MAX;
+            struct sock *s = client_new(false);
+            sock_say(s, k->in);
+            s->is_eof = k->eof;
+            if (k->later) {
+                net_run(net_never, k->later_ms);
+                sock_say(s, k->later);
+                net_run(net_never, k->at_ms - k->later_ms);
+            } else {
+                net_run(net_never, k->at_ms);
+            }
+            char got[4000];
+            snprintf(got, sizeof got, "%s", client_text(s));
+            /* a head that comes byte by byte asks for its 100 */
+            bool ok = strcmp(got, k->want) == 0
+                || (drip && strstr(k->name, "body at once")
+                    && strcmp(got, "100 400+ ") == 0);
+            s->is_eof = true;
+            net_run(net_never, 700000);
+            row(name_of("%s%s", k->name, drip ? ", byte by byte" : ""), ok
+                && net_left()[0] == 0, "`%s` %s", got, net_left());
+        }
+}
+
+static bool is_head_reply(const struct sock *s)
+{
+    const char *p = memmem(s->out, s->out_len, "\r\n\r\n", 4);
+    return p && p + 4 == (const char *)s->out + s->out_len;
+}
+
+/* Replies that the client takes slowly, or not at all (C4). */
+static void write_rows(void)
+{
+    static const struct { const char *name; size_t room, step;
+        int64_t every_ms; bool metrics; const char *want; } tab[] = {
+        { "C4 takes nothing", 0, 0, 0, false, "closed" },
+        { "C4 takes ten bytes", 10, 0, 0, false, "# closed" },
+        { "C4 takes a byte a ms", 0, 1, 1, false, "200+ " },
+        { "C4 takes all after 9 s", 0, 100000, 9000, false, "200+ " },
+        { "C4 takes all after 11 s", 0, 100000, 11000, false, "closed" },
+        { "C4 a long reply at once", 100000, 0, 0, true, "200+ " },
+        { "C4 a long reply, 1 KB a ms", 0, 1000, 1, true, "200+ " },
+        { "C4 a long reply, nothing taken", 0, 0, 0, true, "closed" },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        net_reset();
+        struct sock *s = client_new(tab[i].metrics);
+        s->room = tab[i].room;
+        sock_say(s, tab[i].metrics ? GET("/metrics") : GET("/healthz"));
+        net_run(net_never, 1);
+        for (int64_t ms = 0; ms < 12000; ms += tab[i].every_ms
+             ? tab[i].every_ms : 12000) {
+            net_run(net_never, tab[i].every_ms ? tab[i].every_ms : 12000);
+            s->room += tab[i].step;
+        }
+        net_run(net_never, 10);
+        const char *got = client_text(s);
+        row(tab[i].name, strcmp(got, tab[i].want) == 0
+            && (strstr(tab[i].want, "closed") != NULL)
+            == log_has("event=SLOW_READ"), "`%s` %s", got, log_buf);
+        s->is_eof = true;
+        net_run(net_never, 700000);
+        row(name_of("%s: nothing is left", tab[i].name),
+            net_left()[0] == 0, "%s", net_left());
+    }
+    net_reset();
+    struct sock *s = client_new(false);
+    sock_say(s, "HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+    net_run(net_never, 10);
+    row("HEAD has a head alone", is_head_reply(s), "%.*s", (int)s->out_len,
+        s->out);
+    s = client_new(true);
+    s->tag = 1;
+    sock_say(s, "HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    net_run(net_never, 10);
+    row("HEAD of the metrics too", is_head_reply(s), "%zu bytes",
+        s->out_len);
+    s->out_len = s->seen = 0;
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 10);
+    row("the metrics listener has no other route",
+        strcmp(client_text(s), "404+ ") == 0, "%s", client_text(s));
+    /* no big buffer is left for a reply, nor for a body */
+    net_reset();
+    memset(big_used, true, sizeof big_used);
+    s = client_new(true);
+    s->room = 100;
+    sock_say(s, GET("/metrics"));
+    net_run(net_never, 10);
+    row("no buffer for a long reply", !s->used && log_has("BODY_POOL"),
+        "%s", log_buf);
+    s = client_new(false);
+    sock_say(s, long_post);
+    net_run(net_never, 10);
+    row("no buffer for a long body", strstr((char *)s->out,
+        "M_LIMIT_EXCEEDED") && strcmp(client_text(s), "429- ") == 0, "%s",
+        client_text(s));
+    memset(big_used, false, sizeof big_used);
+}
+
+/* Bodies that start an exchange, to hold a connection. */
+static const char hang_body[] = "POST /sfu/get HTTP/1.1\r\nHost: x\r\n"
+    "Content-Length: 101\r\n\r\n{\"room\":\"!r:x\",\"openid_token\":"
+    "{\"access_token\":\"t\",\"matrix_server_name\":\"hang.org:1\"},"
+    "\"device_id\":\"D\"}";
+
+static void full_rows(void)
+{
+    net_reset();
+    cfg.max_conns = 4;
+    zone_add("hang.org", "A", "drop");
+    zone_add("hang.org", "AAAA", "drop");
+    /* idle ones make room, the oldest first, but not for the young */
+    struct sock *idle[5];
+    for (int i = 0; i < 4; i++) {
+        idle[i] = client_new(false);
+        net_run(net_never, 100);
+    }
+    idle[4] = client_new(false);
+    sock_say(idle[4], GET("/healthz"));
+    net_run(net_never, 100);
+    row("a full house: the oldest silent one goes", !idle[0]->used
+        && idle[1]->used && strstr(client_text(idle[4]), "200"), "%d %d %s",
+        idle[0]->used, idle[1]->used, client_text(idle[4]));
+    /* busy ones stay: the lane answers health checks only */
+    net_reset();
+    cfg.max_conns = 4;
+    zone_add("hang.org", "A", "drop");
+    zone_add("hang.org", "AAAA", "drop");
+    struct sock *busy[4];
+    for (int i = 0; i < 4; i++) {
+        busy[i] = client_new(false);
+        sock_say(busy[i], hang_body);
+        net_run(net_never, 10);
+    }
+    unsigned waiting = 0;
+    for (int i = 0; i < 4; i++)
+        waiting += conn_pool[i].state == C_WAIT;
+    row_int("C3 exchanges in progress", waiting, 4);
+    struct sock *s = client_new(false);
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 10);
+    row("the lane answers /healthz", strstr(client_text(s), "200-"), "%s",
+        client_text(s));
+    s = client_new(false);
+    sock_say(s, hang_body);
+    net_run(net_never, 10);
+    row("the lane refuses the rest", strstr(client_text(s), "503-"), "%s",
+        client_text(s));
+    s = client_new(false);
+    sock_say(s, GET("/nosuch"));
+    net_run(net_never, 10);
+    row("the lane refuses unknown paths", strstr(client_text(s), "503-"),
+        "%s", client_text(s));
+    /* 16 sitters in the lane, older than a moment: the next probe passes */
+    for (int i = 0; i < LIM_LANE_CNT; i++) {
+        (void)client_new(false);
+        net_run(net_never, 100);
+    }
+    s = client_new(false);
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 200);
+    row("sitters cannot hold the lane", strstr(client_text(s), "200-"),
+        "%s", client_text(s));
+    net_run(net_never, 700000);
+    row("nothing is left", net_left()[0] == 0, "%s", net_left());
+    /* a client that leaves while its exchange runs */
+    net_reset();
+    zone_add("hang.org", "A", "drop");
+    zone_add("hang.org", "AAAA", "drop");
+    s = client_new(false);
+    sock_say(s, hang_body);
+    net_run(net_never, 10);
+    s->is_reset = true;
+    s->dial_errno = ECONNRESET;
+    net_run(net_never, 700000);
+    row("C3 the client leaves", net_left()[0] == 0
+        && log_has("event=CLIENT_GONE"), "%s %s", net_left(), log_buf);
+    /* no descriptor left: a pause, then on */
+    net_reset();
+    world_accept_errno = EMFILE;
+    s = client_new(false);
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 30);
+    row("no descriptor left", log_has("event=FD_FULL") && s->out_len == 0,
+        "%s", log_buf);
+    world_accept_errno = 0;
+    net_run(net_never, 200);
+    row("and accepted later", strcmp(client_text(s), "200+ ") == 0, "%s",
+        client_text(s));
+}
+
+static void test_server(void)
+{
+    int n = sprintf(long_post, "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+        "Content-Length: 60000\r\n\r\n");
+    memset(long_post + n, 'x', 60000);
+    client_rows();
+    write_rows();
+    full_rows();
+}
+
+/* ---- 22: the token exchange (rows X1 to X5) ---- */
+
+#define SFU_OK "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+/* The homeserver of every name at 10.0.0.7 by override, the SFU at
+ * 10.0.0.8; users of a.org and example.com have full access. */
+static void exchange_reset(const char *userinfo, const char *const *sfu)
+{
+    static const char *const name[] = { "a.org", "b.org", "example.com" };
+    net_reset();
+    zone_add("hs", "A", "A:10.0.0.7");
+    zone_add("sfu", "A", "A:10.0.0.8");
+    site_tab[0] = (struct site){ .host = "10.0.0.7", .port = 80,
+        .reply = { userinfo } };
+    site_tab[1] = (struct site){ .host = "10.0.0.8", .port = 7880,
+        .reply = { SFU_OK } };
+    for (int i = 0; sfu && i < 6 && sfu[i]; i++)
+        site_tab[1].reply[i] = sfu[i];
+    for (size_t i = 0; i < 3; i++) {
+        cfg.fed[i].name = sl_str(name[i]);
+        if (!cfg_base(SL("http://hs"), true, &cfg.fed[i].base))
+            abort();
+    }
+    cfg.fed_cnt = 3;
+    cfg.full_access[0] = SL("a.org");
+    cfg.full_access[1] = SL("example.com");
+    cfg.full_access_cnt = 2;
+    cfg.blocked[0] = SL("*.blocked.org");
+    cfg.blocked_cnt = 1;
+    cfg.livekit_url = SL("wss://sfu.example.org");
+    if (!cfg_base(SL("http://sfu:7880"), false, &cfg.api))
+        abort();
+    cfg.key[0].name = SL("devkey");
+    key_of(SL("devsecret"), &cfg.key[0].sec_key);
+    cfg.key_cnt = 1;
+    world_wall = 1726760839000 - world_ms;
+}
+
+static struct sock *exchange_post(const char *path, const char *body)
+{
+    struct sock *s = client_new(false);
+    char head[200];
+    snprintf(head, sizeof head, "POST %s HTTP/1.1\r\nHost: x\r\n"
+        "Content-Length: %zu\r\n\r\n", path, strlen(body));
+    sock_say(s, head);
+    sock_say(s, body);
+    return s;
+}
+
+/* Replace $R $S $M $T by the members that most bodies have. */
+static void body_fill(const char *in, char *out, size_t cap)
+{
+    static const struct { char c; const char *text; } part[] = {
+        { 'R', "\"room_id\":\"!r:a.org\",\"slot_id\":\"m.call#ROOM\"" },
+        { 'S', "\"room\":\"!r:a.org\"" },
+        { 'M', "\"member\":{\"id\":\"m\",\"claimed_user_id\":\"@u:a.org\","
+          "\"claimed_device_id\":\"D\"}" },
+        { 'T', "\"openid_token\":{\"access_token\":\"tok\",\"expires_in\":"
+          "3600,\"matrix_server_name\":\"a.org\",\"token_type\":\"Bearer\"}" },
+    };
+    size_t n = 0;
+    for (; *in; in++) {
+        const char *text = NULL;
+        for (size_t i = 0; *in == '$' && i < COUNT_OF(part); i++)
+            if (part[i].c == in[1])
+                text = part[i].text;
+        if (text) {
+            n += (size_t)snprintf(out + n, cap - n, "%s", text);
+            in++;
+        } else if (n + 1 < cap) {
+            out[n++] = *in;
+        }
+    }
+    out[n < cap ? n : cap - 1] = 0;
+}
+
+/* What the reply is: status and errcode, or the join token's payload. */
+static const char *exchange_text(const struct sock *s)
+{
+    static char text[4000];
+    const char *p = memmem(s->out, s->out_len, "\r\n\r\n", 4);
+    int code = 0;
+    if (!p || sscanf((const char *)s->out, "HTTP/1.1 %d", &code) != 1)
+        return "none";
+    p += 4;
+    sl body = { (const uint8_t *)p, s->out_len - (size_t)(p
+        - (const char *)s->out) };
+    struct got { sl url, jwt, errcode, error; } got = { { 0 } };
+    static const struct js_field field[] = {
+        { "url", JS_STRING, offsetof(struct got, url), NULL },
+        { "jwt", JS_STRING, offsetof(struct got, jwt), NULL },
+        { "errcode", JS_STRING, offsetof(struct got, errcode), NULL },
+        { "error", JS_STRING, offsetof(struct got, error), NULL },
+        { "retry_after_ms", JS_ANY, 0, NULL } };
+    static const struct js_table tab = { field, 5, true, false };
+    static uint8_t copy[70000];
+    memcpy(copy, body.p, body.len);
+    if (js_parse(copy, body.len, &tab, &got))
+        return "no JSON";
+    if (got.errcode.len) {
+        snprintf(text, sizeof text, "%d %.*s", code, (int)got.errcode.len,
+            (const char *)got.errcode.p);
+        return text;
+    }
+    if (!sl_eq(got.url, cfg.livekit_url))
+        return "another url";
+    snprintf(text, sizeof text, "%d %.*s", code, (int)got.jwt.len,
+        (const char *)got.jwt.p);
+    return text;
+}
+
+/* path | status errcode | event | body, or `200 jwt` */
+static void exchange_row(struct vec *v)
+{
+    static char body[200000];
+    exchange_reset("HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n"
+        "{\"sub\":\"@u:a.org\"}", NULL);
+    site_tab[0].reply[0] = "HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n"
+        "{\"sub\":\"@u:a.org\"}";
+    if (strstr(vec_str(v, 3), "b.org"))
+        site_tab[0].reply[0] = "HTTP/1.1 200 OK\r\nContent-Length: 18\r\n"
+            "\r\n{\"sub\":\"@u:b.org\"}";
+    body_fill(vec_str(v, 3), body, sizeof body);
+    unsigned before = world_connects;
+    struct sock *s = exchange_post(vec_str(v, 0), body);
+    net_run(net_never, 3000);
+    const char *want = vec_str(v, 1), *got = exchange_text(s);
+    bool granted = strcmp(want, "200 jwt") == 0;
+    char event[100];
+    snprintf(event, sizeof event, "event=%s ", vec_str(v, 2));
+    bool early = !granted && strncmp(want, "400 M_NOT", 9) == 0;
+    row(vec_name(v, vec_str(v, 3)), (granted ? strncmp(got, "200 ey", 6) == 0
+        : strcmp(got, want) == 0) && log_has(event)
+        && (!early || world_connects == before), "%s %s", got, log_buf);
+    net_run(net_never, 700000);
+    if (net_left()[0])
+        row(vec_name(v, "left"), false, "%s", net_left());
+}
+
+/* Tokens byte for byte as in tokens.txt. */
+static void grant_rows(void)
+{
+    static const char alice[] = "HTTP/1.1 200 OK\r\nContent-Length: 28\r\n"
+        "\r\n{\"sub\":\"@alice:example.com\"}";
+    static const struct { const char *name, *path, *body; bool full,
+        publish, update; const char *signature; const char *has; } tab[] = {
+        { "full access", "/get_token", "{\"room_id\":\"!roomid:example.com"
+          "\",\"slot_id\":\"slot1234\",\"member\":{\"id\":\"memberABC\","
+          "\"claimed_user_id\":\"@alice:example.com\","
+          "\"claimed_device_id\":\"DEVICE123\"},\"openid_token\":"
+          "{\"access_token\":\"t\",\"matrix_server_name\":\"example.com\"}}",
+          true, false, true,
+          ".HDaz2PvwE1NCdaW2H8uJ6aI2EcEvYYcYJdAYq4hGZJ8", "CreateRoom" },
+        { "restricted", "/get_token", "{\"room_id\":\"!roomid:example.com"
+          "\",\"slot_id\":\"slot1234\",\"member\":{\"id\":\"memberABC\","
+          "\"claimed_user_id\":\"@alice:example.com\","
+          "\"claimed_device_id\":\"DEVICE123\"},\"openid_token\":"
+          "{\"access_token\":\"t\",\"matrix_server_name\":\"example.com\"}}",
+          false, false, true,
+          ".E0dXXCytkS9YTefpWMEJ5XsTc8p6lfI-budXH8iIrJE", NULL },
+        { "legacy, restricted, metadata off", "/sfu/get",
+          "{\"room\":\"!tDLCaLXijNtYcJZEey:example.com\",\"device_id\":"
+          "\"DEVICE123\",\"openid_token\":{\"access_token\":\"t\","
+          "\"matrix_server_name\":\"example.com\"}}", false, false, false,
+          ".Va_2MxKzGGxGSHxqNnpNPhFC--PqsSUny4_BIeRZhaY", NULL },
+        { "restricted may publish by the switch", "/get_token",
+          "{\"room_id\":\"!roomid:example.com\",\"slot_id\":\"slot1234\","
+          "\"member\":{\"id\":\"memberABC\",\"claimed_user_id\":"
+          "\"@alice:example.com\",\"claimed_device_id\":\"DEVICE123\"},"
+          "\"openid_token\":{\"access_token\":\"t\","
+          "\"matrix_server_name\":\"example.com\"}}", false, true, true,
+          ".HDaz2PvwE1NCdaW2H8uJ6aI2EcEvYYcYJdAYq4hGZJ8", NULL },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        exchange_reset(alice, NULL);
+        cfg.full_access_cnt = tab[i].full ? 2 : 1;
+        cfg.restricted_publish = tab[i].publish;
+        cfg.can_update = tab[i].update;
+        struct sock *s = exchange_post(tab[i].path, tab[i].body);
+        world_wall += 50;                 /* the second lasts */
+        net_run(net_never, 900);
+        const char *got = exchange_text(s);
+        row(name_of("token: %s", tab[i].name), sl_ends(sl_str(got),
+            sl_str(tab[i].signature)) && (site_tab[1].requests == 1)
+            == tab[i].full, "%s, %d calls at the SFU: %s", got,
+            site_tab[1].requests, log_buf);
+        row(name_of("token: %s: it is in no log", tab[i].name),
+            !log_has(tab[i].signature + 1), "%s", log_buf);
+    }
+    /* the call at the SFU, byte for byte */
+    exchange_reset(alice, NULL);
+    struct sock *s = exchange_post(tab[0].path, tab[0].body);
+    net_run(net_never, 100);
+    const char *r = site_tab[1].request;
+    static const char *const part[] = {
+        "POST /twirp/livekit.RoomService/CreateRoom HTTP/1.1\r\n",
+        "\r\nHost: sfu:7880\r\n",
+        "\r\nContent-Type: application/protobuf\r\n",
+        "\r\nAccept: application/protobuf\r\n",
+        "\r\nContent-Length: 50\r\n", "\r\nAuthorization: Bearer eyJ",
+        "\r\n\r\n\n+O8437W3+jmzMVjoIP3tNwbm+XxHQk2iKpOA7aqw3qSc\x10\xac\2P"
+        };
+    for (size_t i = 0; i < COUNT_OF(part); i++)
+        row(name_of("CreateRoom: %s", part[i]), strstr(r, part[i]) != NULL,
+            "%s", r);
+    (void)s;
+}
+
+/* X4 and X5: how often the SFU is called, and when. */
+static void room_rows(void)
+{
+    static const char user[] = "HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n"
+        "{\"sub\":\"@u:a.org\"}";
+    static const struct { const char *name; const char *sfu[4];
+        enum site_dial dial; const char *want, *event; int calls;
+        int64_t min_ms, max_ms; } tab[] = {
+        { "X4 room ready", { SFU_OK }, DIAL_OK, "200 ey", "ROOM_CREATED", 1,
+          0, 10 },
+        { "X4 a reply with a body", { "HTTP/1.1 200 OK\r\n"
+          "Content-Length: 3\r\n\r\nabc" }, DIAL_OK, "200 ey",
+          "ROOM_CREATED", 1, 0, 10 },
+        { "X5 an error, then ready", { STATUS(503), SFU_OK }, DIAL_OK,
+          "200 ey", "ROOM_CREATED", 2, 200, 215 },
+        { "X5 twice an error", { STATUS(503), STATUS(503), SFU_OK },
+          DIAL_OK, "500 M_UNKNOWN", "SFU_REFUSED", 2, 200, 215 },
+        { "X5 closed, then ready", { "~", SFU_OK }, DIAL_OK, "200 ey",
+          "ROOM_CREATED", 2, 200, 215 },
+        { "X4 wrong key: not repeated", { STATUS(401), SFU_OK }, DIAL_OK,
+          "500 M_UNKNOWN", "SFU_AUTH", 1, 0, 10 },
+        { "X4 refused: not repeated", { "HTTP/1.1 403 x\r\nContent-Length: "
+          "28\r\n\r\n{\"code\":\"permission_denied\"}" }, DIAL_OK,
+          "500 M_UNKNOWN", "SFU_REFUSED", 1, 0, 10 },
+        { "X4 no such route", { STATUS(404) }, DIAL_OK, "500 M_UNKNOWN",
+          "SFU_REFUSED", 1, 0, 10 },
+        { "X4 redirect", { MOVED("http://sfu:7880/x") }, DIAL_OK,
+          "500 M_UNKNOWN", "SFU_REFUSED", 1, 0, 10 },
+        { "X4 unreachable, X5", { SFU_OK }, DIAL_REFUSE, "500 M_UNKNOWN",
+          "CONNECT_FAILED", 0, 200, 215 },
+        { "X4 never connects: 10 s in all", { SFU_OK }, DIAL_HOLE,
+          "500 M_UNKNOWN", "CONNECT_TIMEOUT", 0, 9900, 10100 },
+        { "X4 silent: 10 s in all", { "" }, DIAL_OK, "500 M_UNKNOWN",
+          "HS_TIMEOUT", 1, 9900, 10100 },
+    };
+    for (size_t i = 0; i < COUNT_OF(tab); i++) {
+        char body[2000];
+        exchange_reset(user, tab[i].sfu);
+        site_tab[1].dial = tab[i].dial;
+        body_fill("{$R,$M,$T}", body, sizeof body);
+        struct sock *s = exchange_post("/get_token", body);
+        int64_t begin = world_ms;
+        while (s->out_len == 0 && world_ms < begin + 30000)
+            net_run(net_never, 1);
+        int64_t ms = world_ms - begin;
+        const char *got = exchange_text(s);
+        char event[100];
+        snprintf(event, sizeof event, "event=%s ", tab[i].event);
+        row(tab[i].name, strncmp(got, tab[i].want, strlen(tab[i].want)) == 0
+            && log_has(event) && site_tab[1].requests == tab[i].calls
+            && ms >= tab[i].min_ms && ms <= tab[i].max_ms,
+            "%s, %d calls, %lld ms %s", got, site_tab[1].requests,
+            (long long)ms, log_buf);
+        net_run(net_never, 700000);
+        row(name_of("%s: nothing is left", tab[i].name), net_left()[0] == 0,
+            "%s", net_left());
+    }
+}
+
+/* X1 and X3: waiting for a slot. */
+static void wait_rows(void)
+{
+    static const char user[] = "HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n"
+        "{\"sub\":\"@u:a.org\"}";
+    static char body[2000];
+    body_fill("{$R,$M,$T}", body, sizeof body);
+    exchange_reset(user, NULL);
+    cfg.lookups_max = 1;
+    site_tab[0].slow_ms = 3000;
+    struct sock *s[130];
+    for (int i = 0; i < 3; i++)
+        s[i] = exchange_post("/get_token", body);
+    net_run(net_never, 100);
+    row("X1 one looks up, two wait", exchange_pool[0].state == X_LOOKUP
+        && exchange_pool[1].state == X_WAIT
+        && exchange_pool[2].state == X_WAIT
+        && met.gauge[GA_WAITING] == 2, "%d %d %d",
+        exchange_pool[0].state, exchange_pool[1].state,
+        exchange_pool[2].state);
+    net_run(net_never, 3100);
+    row("X1 then the next", s[0]->out_len > 0 && s[1]->out_len == 0
+        && exchange_pool[1].state == X_LOOKUP
+        && exchange_pool[2].state == X_WAIT, "%zu %zu", s[0]->out_len,
+        s[1]->out_len);
+    net_run(net_never, 7000);
+    row("X1 all are served", strncmp(exchange_text(s[2]), "200 ey", 6) == 0,
+        "%s", exchange_text(s[2]));
+    /* nobody waits longer than a lookup may take */
+    exchange_reset("", NULL);
+    cfg.lookups_max = 1;
+    cfg.lookup_ms = 30000;
+    s[0] = exchange_post("/get_token", body);
+    net_run(net_never, 10);
+    cfg.lookup_ms = 5000;
+    s[1] = exchange_post("/get_token", body);
+    int64_t begin = world_ms;
+    while (s[1]->out_len == 0 && world_ms < begin + 30000)
+        net_run(net_never, 10);
+    row("X1 waited long enough", strcmp(exchange_text(s[1]),
+        "429 M_LIMIT_EXCEEDED") == 0 && log_has("event=WAIT_TIMEOUT ")
+        && world_ms - begin >= 5000 && world_ms - begin <= 6100
+        && strstr((char *)s[1]->out, "\r\nRetry-After: "), "%s, %lld ms",
+        exchange_text(s[1]), (long long)(world_ms - begin));
+    /* too many wait for one stranger */
+    exchange_reset("", NULL);
+    zone_add("far.org", "A", "drop");
+    cfg.lookups_per_server = 1;
+    body_fill("{$R,\"member\":{\"id\":\"m\",\"claimed_user_id\":\"@u:f\","
+        "\"claimed_device_id\":\"D\"},\"openid_token\":{\"access_token\":"
+        "\"t\",\"matrix_server_name\":\"far.org:1\"}}", body, sizeof body);
+    for (int i = 0; i < 130; i++) {
+        s[i] = exchange_post("/get_token", body);
+        net_run(net_never, 1);
+    }
+    row("X1 the queue of a stranger is full", s[128]->out_len == 0
+        && strcmp(exchange_text(s[129]), "429 M_LIMIT_EXCEEDED") == 0
+        && log_has("event=QUEUE_FULL "), "%s", exchange_text(s[129]));
+    struct sock *other = NULL;
+    body_fill("{$R,$M,$T}", body, sizeof body);
+    site_tab[0].reply[0] = user;
+    other = exchange_post("/get_token", body);
+    net_run(net_never, 100);
+    row("X1 others are served meanwhile", strncmp(exchange_text(other),
+        "200 ey", 6) == 0, "%s", exchange_text(other));
+    net_run(net_never, 800000);
+    row("X1 nothing is left", net_left()[0] == 0
+        && met.gauge[GA_WAITING] == 0 && met.gauge[GA_EXCHANGES] == 0
+        && met.gauge[GA_CONNECTIONS] == 0, "%s", net_left());
+    /* X3: all calls at the SFU hang */
+    exchange_reset(user, (const char *const[]){ "", NULL });
+    struct sock *many[LIM_SFU_CNT + 1];
+    for (int i = 0; i <= LIM_SFU_CNT; i++) {
+        many[i] = exchange_post("/get_token", body);
+        net_run(net_never, 10);
+    }
+    unsigned room = 0, waiting = 0;
+    for (int i = 0; i < LIM_SLOT_CNT; i++) {
+        room += exchange_pool[i].state == X_ROOM;
+        waiting += exchange_pool[i].state == X_ROOM_WAIT;
+    }
+    row("X3 one waits for an SFU slot", room == LIM_SFU_CNT && waiting == 1,
+        "%u, %u wait", room, waiting);
+    site_tab[1].reply[0] = SFU_OK;
+    site_tab[1].reply[1] = NULL;
+    net_run(net_never, 9400);
+    row("X3 and gets one", strncmp(exchange_text(many[LIM_SFU_CNT]),
+        "200 ey", 6) == 0 || exchange_pool[LIM_SFU_CNT].state
+        == X_ROOM_WAIT, "%s", exchange_text(many[LIM_SFU_CNT]));
+    net_run(net_never, 800000);
+    row("X3 nothing is left", net_left()[0] == 0
+        && met.gauge[GA_WAITING] == 0, "%s", net_left());
+    unsigned answered = 0;
+    for (int i = 0; i <= LIM_SFU_CNT; i++)
+        answered += many[i]->out_len > 0;
+    row_int("X3 all are answered", answered, LIM_SFU_CNT + 1);
+    /* X3: its own 10 s */
+    exchange_reset(user, (const char *const[]){ "", NULL });
+    for (int i = 0; i < LIM_SFU_CNT; i++) {
+        up_pool[LIM_UP_CNT + i].state = UP_DONE;   /* held by nobody */
+    }
+    other = exchange_post("/get_token", body);
+    begin = world_ms;
+    while (other->out_len == 0 && world_ms < begin + 30000)
+        net_run(net_never, 10);
+    row("X3 waited long enough", strcmp(exchange_text(other),
+        "500 M_UNKNOWN") == 0 && log_has("event=CHAN_FULL ")
+        && world_ms - begin >= 10000 && world_ms - begin < 10100,
+        "%s, %lld ms", exchange_text(other), (long long)(world_ms - begin));
+    for (int i = 0; i < LIM_SFU_CNT; i++)
+        up_pool[LIM_UP_CNT + i].state = UP_FREE;
+}
+
+static void test_exchange(void)
+{
+    vec_each("exchange.txt", exchange_row);
+    grant_rows();
+    room_rows();
+    wait_rows();
+}
+
+/* ---- 26: the loop, and stopping ---- */
+
+/* Whether the tables of the loop agree with each other. */
+static bool loop_is_sound(void)
+{
+    bool ok = true;
+    for (size_t i = 0; i < heap_cnt; i++) {
+        const struct watch *w = &watch_tab[heap_tab[i]];
+        ok &= w->heap_at == i + 1
+            && (i == 0 || watch_tab[heap_tab[(i - 1) / 2]].deadline
+                <= w->deadline);
+    }
+    for (size_t i = 0; i < poll_cnt; i++)
+        ok &= watch_tab[poll_who[i]].poll_at == i + 1;
+    size_t heaps = 0, polls = 0;
+    for (size_t i = 0; i < WATCH_CNT; i++) {
+        heaps += watch_tab[i].heap_at > 0;
+        polls += watch_tab[i].poll_at > 0;
+    }
+    return ok && heaps == heap_cnt && polls == poll_cnt;
+}
+
+static void test_loop(void)
+{
+    /* random settings against what they should add up to */
+    net_reset();
+    static struct { int fd; int64_t deadline; } want[LIM_UP_CNT * 4];
+    for (size_t i = 0; i < COUNT_OF(want); i++) {
+        want[i].fd = -1;
+        want[i].deadline = INT64_MAX;
+    }
+    bool sound = true, same = true;
+    for (int round = 0; round < 20000; round++) {
+        size_t i = dice() % COUNT_OF(want);
+        want[i].fd = dice() % 3 ? (int)(dice() % 5000) : -1;
+        want[i].deadline = dice() % 4 ? (int64_t)(world_ms + 1000000
+            + (int64_t)(dice() % 1000)) : INT64_MAX;
+        loop_set(KIND_TRY, i, want[i].fd, POLLIN, want[i].deadline);
+        if (round % 100)
+            continue;
+        sound &= loop_is_sound();
+        int64_t least = INT64_MAX;
+        for (size_t k = 0; k < COUNT_OF(want); k++) {
+            const struct watch *w = &watch_tab[loop_base(KIND_TRY) + k];
+            least = want[k].deadline < least ? want[k].deadline : least;
+            same &= (w->poll_at ? poll_tab[w->poll_at - 1].fd : -1)
+                == want[k].fd && (want[k].deadline == INT64_MAX
+                    ? w->heap_at == 0 : w->heap_at > 0
+                      && w->deadline == want[k].deadline);
+        }
+        same &= heap_cnt == 0 || watch_tab[heap_tab[0]].deadline == least;
+    }
+    row("20,000 random settings: tables sound", sound, "unsound");
+    row("20,000 random settings: all kept", same, "lost");
+    for (size_t i = 0; i < COUNT_OF(want); i++)
+        loop_set(KIND_TRY, i, -1, 0, INT64_MAX);
+    row("all taken back", heap_cnt == 0 && poll_cnt == 2, "%zu %zu",
+        heap_cnt, poll_cnt);
+    for (int i = 0; i < 3; i++)
+        loop_wake(KIND_EXCHANGE, 7);
+    row_int("woken once", (int64_t)wake_cnt, 1);
+    net_run(net_never, 1);
+    row_int("and stepped", (int64_t)wake_cnt, 0);
+    /* SIGTERM: lame duck, drain, over */
+    static const struct { const char *name; int64_t lame_ms, drain_ms;
+        bool busy, second; int64_t over_ms; } stop[] = {
+        { "nothing to do: at once", 0, 7000, false, false, 0 },
+        { "lame duck first", 2000, 7000, false, false, 2000 },
+        { "an exchange in flight is waited for", 0, 7000, true, false,
+          3000 },
+        { "no longer than the drain time", 0, 1000, true, false, 1000 },
+        { "a second signal ends it", 5000, 7000, true, true, 500 },
+    };
+    for (size_t i = 0; i < COUNT_OF(stop); i++) {
+        char body[2000];
+        exchange_reset("HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n"
+            "{\"sub\":\"@u:a.org\"}", NULL);
+        body_fill("{$R,$M,$T}", body, sizeof body);
+        cfg.lame_duck_ms = stop[i].lame_ms;
+        cfg.drain_ms = stop[i].drain_ms;
+        site_tab[0].slow_ms = 3000;
+        struct sock *idle = client_new(false), *s = NULL;
+        if (stop[i].busy)
+            s = exchange_post("/get_token", body);
+        net_run(net_never, 1);
+        int64_t begin = world_ms;
+        signal_stop = 1;
+        while (!loop_is_over && world_ms < begin + 20000) {
+            if (stop[i].second && world_ms >= begin + 500)
+                signal_stop = 2;
+            world_end = world_ms + 10;
+            loop_round(NULL);
+            world_end = INT64_MAX;
+        }
+        int64_t ms = world_ms - begin;
+        row(name_of("stop: %s", stop[i].name), loop_is_over
+            && ms >= stop[i].over_ms && ms <= stop[i].over_ms + 30
+            && (stop[i].second || (!idle->used
+                && listener_pool[0].fd == -1 && listener_pool[2].fd == -1)),
+            "%d, %lld ms, %s", loop_is_over, (long long)ms, net_left());
+        if (s && stop[i].over_ms == 3000)
+            row("stop: the exchange got its answer, and close",
+                strncmp(exchange_text(s), "200 ey", 6) == 0
+                && strstr((char *)s->out, "\r\nConnection: close\r\n"),
+                "%s", exchange_text(s));
+    }
+    /* SIGHUP: other anchors end what the old ones vouched for */
+    for (int bad = 0; bad < 2; bad++) {
+        net_reset();
+        zone_add("a.org", "A", A1);
+        site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 443,
+            .tls = TLS_YES, .san = "a.org", .reply = { OK_REPLY } };
+        (void)up_begin_test((struct up_opt){ .tls = true });
+        (void)net_run(up_is_over, 60000);
+        up_close(up_test, world_ms);
+        unsigned idle = sock_open_cnt(), held = 0;
+        struct bb b = work_bb();
+        if (!bad)
+            pem_put(&b, cert_make((struct plan){ .is_ca = true,
+                .subject = "stray", .issuer = "stray", .key = K_OTHER,
+                .signer = K_OTHER }));
+        bb_byte(&b, 0);
+        file_write("build/unit/ca2.pem", (char *)work_buf);
+        cfg.ca_file = SL("build/unit/ca2.pem\0");
+        cfg.ca_only = true;
+        signal_reload = 1;
+        net_run(net_never, 10);
+        for (size_t i = 0; i < LIM_SESSION_CNT; i++)
+            held += session_cache[i].until_wall > 0;
+        (void)up_begin_test((struct up_opt){ .tls = true });
+        (void)net_run(up_is_over, 60000);
+        row(bad ? "SIGHUP, bad file: all stays" : "SIGHUP, other anchors",
+            idle == 1 && (bad ? held == 1 && met.gauge[GA_UPSTREAM] == 1
+                && site_tab[0].dials == 1 && log_has("event=ANCHORS_BAD")
+                && sl_eq(up_text(up_test), SL("200 {}"))
+            : held == 0 && site_tab[0].dials == 2
+                && log_has("event=ANCHORS ")
+                && sl_eq(up_text(up_test), SL("TLS_UNTRUSTED tls"))),
+            "%u idle, %u sessions, %d dials, %.*s", idle, held,
+            site_tab[0].dials, (int)up_text(up_test).len,
+            up_text(up_test).p);
+        up_close(up_test, world_ms);
+    }
+    exchange_reset("", NULL);
+    cfg.lame_duck_ms = 5000;
+    signal_stop = 1;
+    net_run(net_never, 10);
+    struct sock *s = client_new(false);
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 10);
+    row("lame duck: /healthz says 503", strncmp((char *)s->out,
+        "HTTP/1.1 503", 12) == 0 && strstr((char *)s->out,
+        "\r\nConnection: close\r\n"), "%s", client_text(s));
+}
+
+/* ---- each system call fails in turn ---- */
+
+static void test_faults(void)
+{
+    static const int err[] = { 0, EINTR, EAGAIN, ECONNRESET, ENOBUFS,
+        EMFILE };
+    static const char *const err_name[] = { "short", "EINTR", "EAGAIN",
+        "ECONNRESET", "ENOBUFS", "EMFILE" };
+    char body[2000];
+    body_fill("{$R,$M,$T}", body, sizeof body);
+    for (int tls = 0; tls < 2; tls++) {
+        long calls = 0;
+        for (size_t e = 0; e < COUNT_OF(err); e++) {
+            unsigned ok = 0, refused = 0, closed = 0, odd = 0, left = 0;
+            for (long at = -1; at < calls || at < 0; at++) {
+                exchange_reset("HTTP/1.1 200 OK\r\nContent-Length: 18\r\n"
+                    "\r\n{\"sub\":\"@u:a.org\"}", NULL);
+                if (tls) {                 /* the whole discovery instead */
+                    cfg.fed_cnt = 0;
+                    zone_add("a.org", "A", "cut A:10.0.0.1");
+                    zone_add("_matrix-fed._tcp.b.org", "SRV",
+                        "SRV:1/1/77/c.org");
+                    zone_add("c.org", "A", "A:10.0.0.2");
+                    site_tab[2] = (struct site){ "10.0.0.1", 443,
+                        .tls = TLS_YES, .san = "a.org",
+                        .reply = { WK("5\r\nb.org") } };
+                    site_tab[3] = (struct site){ "10.0.0.2", 77,
+                        .tls = TLS_YES, .san = "b.org",
+                        .reply = { SUB_A } };
+                }
+                fault_seen = 0;
+                fault_at = at < 0 ? FAULT_NONE : at;
+                fault_errno = err[e];
+                struct sock *s = exchange_post("/get_token", body);
+                net_run(net_never, 60000);
+                if (at < 0)
+                    calls = fault_seen;
+                fault_at = FAULT_NONE;
+                const char *got = exchange_text(s);
+                ok += strncmp(got, "200 ey", 6) == 0;
+                refused += strncmp(got, "401 ", 4) == 0
+                    || strncmp(got, "500 M_UNKNOWN", 13) == 0;
+                closed += s->out_len == 0 || strcmp(got, "none") == 0;
+                odd += strncmp(got, "200 ey", 6) && strncmp(got, "401 ", 4)
+                    && strncmp(got, "500 ", 4) && strcmp(got, "none");
+                /* what the client keeps open ends in its own time */
+                net_run(net_never, 800000);
+                if (world_client_cnt) {    /* accept itself failed */
+                    world_client[0]->used = false;
+                    world_client_cnt = 0;
+                }
+                left += net_left()[0] != 0;
+                if (net_left()[0] && left < 3)
+                    row(name_of("call %ld of %ld: %s", at, calls,
+                        err_name[e]), false, "%s", net_left());
+            }
+            row(name_of("%ld calls fail in turn: %s%s", calls, err_name[e],
+                        tls ? ", discovery by TLS" : ""), odd == 0
+                && left == 0 && ok + refused + closed == calls + 1 && ok > 0
+                && (err[e] != EINTR || refused + closed == 0)
+                && (err[e] != 0 || closed == 0), "%u ok, %u refused, %u "
+                "closed, %u odd, %u left", ok, refused, closed, odd, left);
+        }
+    }
+}

@@ -284,7 +284,7 @@ static void path_rows(void)
 {
     for (int len = 4; len <= 7; len++) {
         sl chain[8];
-        char name[8][16];
+        char name[8][24];
         for (int i = 0; i < len; i++)
             snprintf(name[i], sizeof name[i], "level %d", i);
         for (int i = 0; i < len; i++)

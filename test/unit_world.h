@@ -5,6 +5,7 @@
  * loop_round() run: ppoll() moves the clock to whatever happens next.
  */
 #define _GNU_SOURCE
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
@@ -120,11 +121,11 @@ static struct sock *sock_tab[SOCK_CNT];
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
 static int64_t world_end = INT64_MAX;   /* ppoll() waits no longer */
-static bool world_is_stuck;
 static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
 static void (*world_dial)(struct sock *s);
 static void (*world_sent)(struct sock *s);
-static unsigned world_accept_cnt;       /* clients waiting at a listener */
+static struct sock *world_client[64];   /* waiting to be accepted */
+static unsigned world_client_cnt;
 static int world_accept_errno;
 static unsigned world_sockets, world_connects;
 
@@ -200,7 +201,7 @@ static unsigned sock_open_cnt(void)
 {
     unsigned cnt = 0;
     for (int i = 0; i < SOCK_CNT; i++)
-        cnt += sock_tab[i] && sock_tab[i]->used;
+        cnt += sock_tab[i] && sock_tab[i]->used && !sock_tab[i]->is_listener;
     return cnt;
 }
 
@@ -263,19 +264,16 @@ static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
     memcpy(&s->to, sa, len);
     world_connects++;
     s->up_at = s->is_udp ? 0 : world_ms;
-    if (fault_now() && fault_errno) {
+    bool fails = fault_now() && fault_errno;
+    if (fails && fault_errno != EINTR) {
         errno = fault_errno;
-        if (fault_errno == EINTR)
-            s->up_at = world_ms + 1;
         return -1;
     }
     if (world_dial)
         world_dial(s);
-    if (s->now_errno || !s->is_udp) {
-        errno = s->now_errno ? s->now_errno : EINPROGRESS;
-        return -1;
-    }
-    return 0;
+    /* interrupted, connecting goes on */
+    errno = s->now_errno ? s->now_errno : fails ? EINTR : EINPROGRESS;
+    return s->now_errno || fails || !s->is_udp ? -1 : 0;
 }
 
 static int w_accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
@@ -291,12 +289,15 @@ static int w_accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
         errno = world_accept_errno;
         return -1;
     }
-    if (world_accept_cnt == 0) {
-        errno = EAGAIN;
-        return -1;
-    }
-    world_accept_cnt--;
-    return sock_fd(sock_new());
+    for (unsigned i = 0; i < world_client_cnt; i++)
+        if (world_client[i]->tag == s->tag) {
+            struct sock *c = world_client[i];
+            memmove(world_client + i, world_client + i + 1,
+                (--world_client_cnt - i) * sizeof world_client[0]);
+            return sock_fd(c);
+        }
+    errno = EAGAIN;
+    return -1;
 }
 
 static ssize_t w_read(int fd, void *p, size_t len)
@@ -428,8 +429,12 @@ static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
 static short sock_events(const struct sock *s, short want, int64_t *next)
 {
     short got = 0;
-    if (s->is_listener)
-        return world_accept_cnt || world_accept_errno ? want & POLLIN : 0;
+    if (s->is_listener) {
+        bool has = false;
+        for (unsigned i = 0; i < world_client_cnt; i++)
+            has |= world_client[i]->tag == s->tag;
+        return has ? want & POLLIN : 0;
+    }
     if (!s->is_udp && s->up_at > world_ms) {
         if (s->up_at < *next)
             *next = s->up_at;
@@ -470,9 +475,8 @@ static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
             return ready;
         if (next >= limit) {
             if (limit == INT64_MAX)
-                world_is_stuck = true;
-            else
-                world_ms = limit > world_ms ? limit : world_ms;
+                abort();           /* nothing will ever happen */
+            world_ms = limit > world_ms ? limit : world_ms;
             return 0;
         }
         world_ms = next;

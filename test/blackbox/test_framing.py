@@ -503,7 +503,8 @@ def test_pipelining_of_fifty(svc, rig):
         else:
             wire += b"OPTIONS /get_token HTTP/1.1\r\nHost: h\r\nX-Request-Id: req-%d\r\n\r\n" % n
             want.append((200, f"req-{n}"))
-    for parts in ([wire], [wire[i:i + 1000] for i in range(0, len(wire), 1000)], [wire[i:i + 7] for i in range(0, len(wire), 7)]):
+    for size in (len(wire), 1000, 7):
+        parts = [wire[i:i + size] for i in range(0, len(wire), size)]
         with svc.wire() as w:
             pushed(w, parts)
             for status, mark in want:

@@ -236,7 +236,8 @@ def test_labels_never_hold_what_a_client_chose(svc, rig):
     def marked(s):
         s.request("GET", "/evilmark/path?evilmark")
         s.request("EVILMARK", "/get_token")
-        s.post("/sfu/get", make_body("/sfu/get", "evilmark.invalid_"), [("X-Request-Id", "evilmark"), ("User-Agent", "evilmark")])
+        s.post("/sfu/get", make_body("/sfu/get", "evilmark.invalid_"),
+               [("X-Request-Id", "evilmark"), ("User-Agent", "evilmark")])
         s.post("/get_token", rig.body("/get_token", rig.full, room="evilmark", device="evilmark"))
     marked(svc)
     series = set(svc.metrics())
@@ -269,7 +270,8 @@ def test_metrics_are_off_when_unset(rig):
     with rig.service() as s:
         listening = subprocess.run(["cat", f"/proc/{s.pid}/net/tcp"], capture_output=True, text=True).stdout
         inodes = {os.readlink(f"/proc/{s.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{s.pid}/fd")}
-        mine = [x.split() for x in listening.splitlines()[1:] if f"socket:[{x.split()[9]}]" in inodes and x.split()[3] == "0A"]
+        rows = [x.split() for x in listening.splitlines()[1:]]
+        mine = [r for r in rows if f"socket:[{r[9]}]" in inodes and r[3] == "0A"]
         assert len(mine) == 1
 
 
@@ -540,7 +542,8 @@ def test_empty_read_only_root_without_rights(rig):
     with Homeserver() as plain:
         plain.sub = "@a:boxed.example.org"
         env = base_env(LIVEKIT_FULL_ACCESS_HOMESERVERS="boxed.example.org", LKJWT_LIVEKIT_API_URL=rig.sfu.url,
-                       LKJWT_FEDERATION_API_URL_OVERRIDES=f"boxed.example.org={plain.url}", LIVEKIT_URL="wss://sfu.example.org/",
+                       LKJWT_FEDERATION_API_URL_OVERRIDES=f"boxed.example.org={plain.url}",
+                       LIVEKIT_URL="wss://sfu.example.org/",
                        LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}", LIVEKIT_JWT_BIND=f":{free_port()}")
         with boxed(env) as s:
             pid = inner_pid(s)

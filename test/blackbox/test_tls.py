@@ -608,16 +608,16 @@ def test_anchors(env, only, dns):
     over = {"LKJWT_CA_FILE": None, "LKJWT_CA_ONLY": "true" if only else None, **env(p)}
     with serve(p.leaf([NAME])) as hs, lkjwt(dns, **over) as svc:
         Exchange(svc, f"{NAME}:{hs.port}").granted()
-        line, = svc.events("ANCHORS")
+        line = svc.wait_event("ANCHORS")
         assert int(line["count"]) > (0 if only else 1)
 
 
 def test_without_our_ca_nothing_of_ours_is_trusted(dns):
     with serve(pki().leaf([NAME])) as hs, lkjwt(dns, LKJWT_CA_FILE=None, LKJWT_CA_ONLY=None) as svc:
-        assert int(svc.events("ANCHORS")[0]["count"]) > 50      # the system's bundle or the built-in set
+        assert int(svc.wait_event("ANCHORS")["count"]) > 50      # the system's bundle or the built-in set
         Exchange(svc, f"{NAME}:{hs.port}").refused("tls")
     with serve(pki().leaf([NAME])) as hs, lkjwt(dns, ca=Pki().ca_file) as svc:
-        assert svc.events("ANCHORS")[0]["count"] == "1"
+        assert svc.wait_event("ANCHORS")["count"] == "1"
         Exchange(svc, f"{NAME}:{hs.port}").refused("tls")
 
 
@@ -668,7 +668,7 @@ def test_insecure_switch_accepts_anything(case, dns):
     leaf, certs, name = show(BAD[case])
     with serve(leaf, certs) as hs, lkjwt(dns, LIVEKIT_INSECURE_SKIP_VERIFY_TLS=YES) as svc:
         Exchange(svc, f"{name}:{hs.port}").granted()
-        loud, = svc.events("INSECURE")
+        loud = svc.wait_event("INSECURE")
         assert loud["level"] == "warning" and "NOT CHECKED" in loud["msg"]
 
 

