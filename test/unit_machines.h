@@ -1081,14 +1081,26 @@ static const struct disco disco_tab[] = {
     WK_BAD("too long", .reply = { "HTTP/1.1 200 OK\r\n"
         "Content-Length: 51201\r\n\r\n" }),
     WK_BAD("redirect without target", .reply = { STATUS(302) }),
-    WK_BAD("redirect to http", .reply = { MOVED("http://b.org/") }),
-    WK_BAD("redirect to a label", .reply = { MOVED("https://b/") }),
-    WK_BAD("redirect with a user", .reply = { MOVED("https://u@b.org/") }),
-    WK_BAD("redirect to nowhere", .reply = { MOVED("https://") }),
-    WK_BAD("relative redirect", .reply = { MOVED("x") }),
-    WK_BAD("redirects for ever", .reply = { MOVED("/x") }),
-    WK_BAD("redirect to a private address",
+    /* where a redirect that was followed would lead to another server */
+#define WK_LURE(what, ...) { "well-known: " what, "a.org", \
+      "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG, B_ORG, \
+      { "b", "A", "A:9.9.9.2" } }, { F(1, .san = "a.org", \
+      .reply = { SUB_A }), W(2, .san = "b.org,b,10.0.0.1", \
+      .reply = { WK("7\r\n9.9.9.3") }), { "10.0.0.1", 443, .tls = TLS_YES, \
+      .reply = { WK("7\r\n9.9.9.3") } }, F(3, .san = "9.9.9.3", \
+      .reply = { SUB_A }), W(1, .san = "a.org", __VA_ARGS__) }, .ms = -1 }
+    WK_LURE("redirect to http", .reply = { MOVED("http://b.org/") }),
+    WK_LURE("redirect to a label", .reply = { MOVED("https://b/") }),
+    WK_LURE("redirect with a user", .reply = { MOVED("https://u@b.org/") }),
+    WK_LURE("redirect to a private address",
         .reply = { MOVED("https://10.0.0.1/") }),
+    WK_LURE("relative redirect", .reply = { MOVED("b.org") }),
+    WK_LURE("a fourth redirect", .reply = { MOVED("/1"), MOVED("/2"),
+        MOVED("/3"), MOVED("https://b.org/"), WK("7\r\n9.9.9.3") }),
+    WK_LURE("status 300", .reply = { "HTTP/1.1 300 x\r\nLocation: "
+        "https://b.org/\r\nContent-Length: 0\r\n\r\n" }),
+    WK_BAD("redirect to nowhere", .reply = { MOVED("https://") }),
+    WK_BAD("redirects for ever", .reply = { MOVED("/x") }),
     WK_BAD("304", .reply = { STATUS(304) }),
     { "well-known: another certificate", "a.org",
       "@u:a.org 9.9.9.1 8448 a.org a.org", { A_ORG }, { F(1, .san = "a.org",
@@ -1264,6 +1276,44 @@ static void wk_rows(void)
             && strstr(look_text(), tab[i].host), "%d requests, %s",
             site_tab[0].requests, look_text());
         lookup_close(look_test, world_ms);
+    }
+    /* times out of bounds, and other ways to say them */
+    static const struct { const char *name, *field; int64_t keep_s; }
+    keep[] = {
+        { "max-age=1", "Cache-Control: max-age=1\r\n", 300 },
+        { "max-age of a year", "Cache-Control: max-age=31536000\r\n",
+          172800 },
+        { "nothing said", "", 86400 },
+        { "no-store", "Cache-Control: no-store\r\n", 300 },
+        { "Expires in 10 min", "Expires: Mon, 21 Sep 2026 14:23:30 GMT\r\n",
+          600 },
+        { "Expires in the past", "Expires: 0\r\n", 300 },
+        { "max-age before Expires", "Expires: 0\r\nCache-Control: public, "
+          "max-age=900\r\n", 900 },
+    };
+    for (size_t i = 0; i < COUNT_OF(keep); i++) {
+        static char reply[400];
+        struct disco d = good;
+        snprintf(reply, sizeof reply, "HTTP/1.1 200 OK\r\n%sConnection: "
+            "close\r\nContent-Length: 20\r\n\r\n{\"m.server\":\"b.org\"}",
+            keep[i].field);
+        d.site[0].reply[0] = reply;
+        d.site[0].reply[1] = NULL;
+        disco_set(&d);
+        int requests[2];
+        for (int late = 0; late < 2; late++) {
+            (void)look_begin("a.org");
+            (void)net_run(look_is_over, 60000);
+            lookup_close(look_test, world_ms);
+            net_run(net_never, late ? 2000 : keep[i].keep_s * 1000 - 1000);
+            (void)look_begin("a.org");
+            (void)net_run(look_is_over, 60000);
+            requests[late] = site_tab[0].requests;
+            lookup_close(look_test, world_ms);
+        }
+        row(name_of("delegation, %s", keep[i].name), requests[0] == 1
+            && requests[1] == 2, "%d, %d requests", requests[0],
+            requests[1]);
     }
     /* failures: a minute, doubling to an hour; a listed one always one */
     for (int listed = 0; listed < 2; listed++) {
