@@ -7180,6 +7180,9 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
         job_log(EV_PRESENCE_UNKNOWN, j, "");
     if (p == PRESENT)
         job_connect(j, j->probe, sid, now);
+    if (job_hot_of(j)->want == WANT_RESTART && j->state == J_CONNECTED
+        && !j->call_wait_ms && !job_hot_of(j)->is_out)
+        job_want(j, WANT_RESTART, now);  /* it waited for this look-up */
     switch (check) {
     case CK_NONE:
         return;
@@ -7377,8 +7380,9 @@ MUST_USE static uint8_t job_redirect(const struct job *j)
         return 0;
     sl to = up_field(u, H1_LOCATION), path = to;
     if (!sl_starts(to, SL("/")) || sl_starts(to, SL("//"))) {
-        if (!url_parse(to, &url)
-            || !sl_ieq(url.scheme, a->is_tls ? SL("https") : SL("http"))
+        if (!url_parse(sl_starts(to, SL("//")) ? sl_skip(to, 2) : to, &url)
+            || (url.scheme.len && !sl_ieq(url.scheme, a->is_tls
+                                          ? SL("https") : SL("http")))
             || !sl_ieq(url.name.host, a->url.name.host)
             || (url.name.port ? url.name.port : a->is_tls ? 443 : 80)
                != a->port)
@@ -7703,8 +7707,11 @@ static void job_clock(struct job *j, int64_t now)
     if (sanity)
         j->sanity_at = now + cfg.sanity_s * 1000;
     if (job_hot_of(j)->want == WANT_NONE && now >= j->restart_at) {
-        look |= j->has_restarted;        /* and restart: doubt must not */
-        job_want(j, WANT_RESTART, now);  /* let the deadline pass */
+        /* look first, but not for long: the deadline must not pass */
+        int64_t wait = (j->deadline - now) / 4;
+        wait = wait > 2000 ? 2000 : wait;
+        look |= j->check == CK_NONE;
+        job_want(j, WANT_RESTART, j->check == CK_NONE ? now + wait : now);
     }
     if (j->check == CK_NONE && (sanity || look))
         job_look(j, sanity ? CK_SANITY : CK_ABSENT, now);

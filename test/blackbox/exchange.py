@@ -23,6 +23,7 @@ CORS = {
 NOT_JSON = "Error reading request"
 UNAUTHORIZED = "The request could not be authorised."
 DELEGATION = "Delegation of delayed events is only supported for full access users"
+NO_API = "Unable to resolve client-server API"
 NO_ROOM = "Unable to create room on SFU"
 SFU_URL = "wss://sfu.example.org/"
 

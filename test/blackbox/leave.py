@@ -20,7 +20,6 @@ DELEGATE, WEBHOOK = "/delegate_delayed_leave", "/sfu_webhook"
 UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/"
 STABLE = "/_matrix/client/v1/delayed_events/"
 GET_PARTICIPANT = "/twirp/livekit.RoomService/GetParticipant"
-NO_API = "Unable to resolve client-server API"
 HOUR = 3_600_000
 POLL = 0.03
 LONG = 90           # seconds after which something that takes up to 30 of them hangs

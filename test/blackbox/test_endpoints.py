@@ -66,7 +66,7 @@ def test_healthz_other_method(svc, method):
 NOT_FOUND = ["/", "/x", "/get_token/", "/sfu", "/sfu/", "/sfu/get/", "/healthz/", "/Get_Token", "/sfu/GET",
              "/get%5ftoken", "/get%5Ftoken", "/./get_token", "/x/../get_token", "/sfu/./get", "/get_token;a=b",
              "/get_token%3f", "/%2fget_token", "/get_tokens", "/get_toke", "/healthz.", "/metrics",
-             "/delegate_delayed_leave", "/sfu_webhook", "http://example.org", "http://example.org/x",
+             "/delegate_delayed_leave/", "/sfu_webhook/", "http://example.org", "http://example.org/x",
              "http://get_token/", "/?/get_token", "/livekit/jwt/get_token", "/http://h/get_token"]
 
 
@@ -87,7 +87,8 @@ FOUND = ["//get_token", "///get_token", "/get_token?", "/get_token?a=b", "/get_t
 
 
 @pytest.mark.parametrize("target", FOUND + [f.replace("get_token", "sfu/get") for f in FOUND] +
-                         ["/sfu//get", "//sfu///get", "http://example.org//sfu//get?q"])
+                         ["/sfu//get", "//sfu///get", "http://example.org//sfu//get?q", "/delegate_delayed_leave",
+                          "//delegate_delayed_leave?x"])
 def test_found(svc, target):
     check_error(svc.request("POST", target, ""), 400, "M_NOT_JSON", NOT_JSON)
 
@@ -115,15 +116,10 @@ def test_bad_target(svc, request_line):
         assert w.at_end()
 
 
-def test_answered_paths_of_later_versions_are_404_with_any_body(svc):
-    # Element Call takes this 404 as "no delegation here" and delays its leave event itself.
-    check_404(svc.request("POST", "/delegate_delayed_leave"))
-
-
 @pytest.mark.parametrize("value", ["/livekit/jwt", "/livekit/jwt/"])
 def test_prefix(rig, value):
     prefixed = ["/livekit/jwt/get_token", "/livekit/jwt/sfu/get", "/livekit//jwt///get_token", "//livekit/jwt/sfu/get?x",
-                "http://h/livekit/jwt/get_token"]
+                "http://h/livekit/jwt/get_token", "/livekit/jwt/delegate_delayed_leave"]
     with rig.service(LKJWT_PATH_PREFIX=value) as s:
         for target in prefixed + list(ENDPOINTS):
             check_error(s.request("POST", target, ""), 400, "M_NOT_JSON", NOT_JSON)

@@ -13,8 +13,8 @@ from email.utils import formatdate
 import dnslib
 import pytest
 
-from exchange import DELEGATION, NOT_JSON, UNAUTHORIZED, check_cors, check_error, check_granted, make_body
-from leave import (DELEGATE, GONE, HOUR, LONG, NO_API, NOT_FOUND, UNRECOGNIZED, ClientApi, Log, World, event, participant)
+from exchange import DELEGATION, NO_API, NOT_JSON, UNAUTHORIZED, check_cors, check_error, check_granted, make_body
+from leave import (DELEGATE, GONE, HOUR, LONG, NOT_FOUND, UNRECOGNIZED, ClientApi, Log, World, event, participant)
 from outbound import by_token, pki, pub, token_for
 from peers import Dns, Homeserver, HttpServer, Reply, WELL_KNOWN, add_addr, chunked, protobuf_encode, wait_for
 from service import Service, base_env

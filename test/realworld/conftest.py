@@ -29,10 +29,16 @@ def pytest_runtest_makereport(item, call):
     if report.failed:
         for s in Server.all:
             report.sections.append((s.name, s.tail()))
-        for name, s in item.funcargs.items():
-            for one in vars(s).values() if isinstance(s, SimpleNamespace) else [s]:
-                if isinstance(one, Service):
-                    report.sections.append((f"service of {name}", one.log_text()[-6000:]))
+        for s in {id(s): s for s in services_in(item.funcargs)}.values():
+            report.sections.append((f"service on {s.bind}", s.log_text()[-6000:]))
+
+
+def services_in(thing):
+    if isinstance(thing, Service):
+        yield thing
+    elif isinstance(thing, (dict, SimpleNamespace)):
+        for one in (thing if isinstance(thing, dict) else vars(thing)).values():
+            yield from services_in(one)
 
 
 @pytest.fixture(scope="session", autouse=True)
