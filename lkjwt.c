@@ -656,17 +656,19 @@ static bool sl_starts(sl s, sl head)
     return s.len >= head.len && sl_eq((sl){ s.p, head.len }, head);
 }
 
-static bool sl_ends(sl s, sl tail)
-{
-    return s.len >= tail.len
-        && sl_eq((sl){ s.p + s.len - tail.len, tail.len }, tail);
-}
-
 /* s without its first n bytes; empty when it has fewer. */
 static sl sl_skip(sl s, size_t n)
 {
+    if (s.len == 0)                  /* p may be NULL */
+        return s;
     return n >= s.len ? (sl){ s.p + s.len, 0 }
                       : (sl){ s.p + n, s.len - n };
+}
+
+static bool sl_ends(sl s, sl tail)
+{
+    return s.len >= tail.len
+        && sl_eq(sl_skip(s, s.len - tail.len), tail);
 }
 
 /* Index of the first c, or s.len. */
@@ -4810,11 +4812,25 @@ static void chan_key(sl host, uint16_t port, sl cert_name, bool is_tls,
     memcpy(out, sum, 16);
 }
 
+/* Send close_notify, one try: without it a server may drop the session
+ * that the next connection would resume (RFC 5246 section 7.2.1). */
+static void chan_say_goodbye(struct chan *ch)
+{
+    br_ssl_engine_context *eng = &chan_tls[ch - chan_pool].eng;
+    size_t len;
+    br_ssl_engine_close(eng);
+    const uint8_t *p = br_ssl_engine_sendrec_buf(eng, &len);
+    if (p)
+        (void)!io_write(ch->fd, (sl){ p, len });
+}
+
 static void chan_close(struct chan *ch)
 {
     if (ch->state == CHAN_FREE)
         return;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), -1, 0, INT64_MAX);
+    if (ch->is_up)
+        chan_say_goodbye(ch);
     io_close(&ch->fd);
     if (ch->hs) {
         ch->hs->used = false;
@@ -8519,7 +8535,7 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
     c->since = now;
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
-    (void)conn_step(conn_idx(c), POLLIN, now);   /* it often brings a request */
+    (void)conn_step(conn_idx(c), POLLIN, now);   /* its request is often here */
 }
 
 /* GET /healthz: alive, and 503 from SIGTERM on. */

@@ -55,6 +55,12 @@ def add_addr(*addrs):
         if ip.version == 6:
             args.append("nodad")
         subprocess.run(args, check=True, capture_output=True)
+        # The kernel's local IPv6 route comes a moment after the address.
+        route = ["ip", "-o", "route", "get", str(ip)]
+        until = time.monotonic() + 10
+        while not subprocess.run(route, capture_output=True, text=True).stdout.startswith("local "):
+            assert time.monotonic() < until, f"no local route to {ip}"
+            time.sleep(0.005)
 
 
 def del_addr(*addrs):
