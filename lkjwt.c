@@ -10,8 +10,9 @@
  *
  * Usage      lkjwt [COMMAND]; command_tab (27) and `lkjwt --help`
  * Settings   the environment; ENV_TAB (24)
- * Endpoints  POST /get_token, POST /sfu/get, GET|HEAD /healthz, and GET
- *            /metrics on a listener of its own; route_tab (22)
+ * Endpoints  POST /get_token, /sfu/get, /delegate_delayed_leave and
+ *            /sfu_webhook, GET|HEAD /healthz, and GET /metrics on a
+ *            listener of its own; route_tab (22)
  * Told       one line an event on stderr, EVENT_TAB (03); counters (14)
  * Sources    MSC4195, the Matrix server-server API, LiveKit's RoomService
  *            (Twirp v8), the RFCs named where they rule.
@@ -22,6 +23,8 @@
  * calls (17) that resolve (15), dial and speak TLS (16); exchange_verified
  * decides; a call creates the room (19); jwt_put_join (11) writes the
  * grant; conn_answer replies. One thread, one poll: loop_round (26).
+ * A delayed leave that is handed over becomes a job (21): webhooks and
+ * look-ups tell it where the participant is, api_step restarts or sends.
  *
  * The file reads bottom-up; a function stands below all it calls.
  *   01 build     05 bytes    11 jwt        15 log, resolver   23 io
@@ -29,19 +32,19 @@
  *   03 events    07 json     13 formats    17 upstream        26 loop
  *   04 types     08 http1    14 metrics    18 matrix          27 main
  *                09 dns                    19 livekit
+ *                                          21 jobs
  *                                          22 server
  * PART I (05-14) is pure: bytes in, values out, no system call, nothing
  * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
  * the state machines; they see the world through the io_* functions
  * declared at its head and a `now` parameter. PART III makes the system
- * calls. Numbers 10, 20, 21 and 25 are kept for Redis, delegated leave and
- * the sandbox.
+ * calls. Numbers 10, 20 and 25 are kept for Redis and the sandbox.
  *
  * Whose bytes, and what they may do
  *   anyone      HTTP and JSON: one bounded lookup at the server it names
  *   homeserver  DNS, TLS, HTTP: accept or refuse its own users
  *   nameserver  answers: addresses, which are filtered, then proven by TLS
- *   SFU         replies: that a room exists
+ *   SFU         replies and signed webhooks: who is in a room
  *   operator    environment and files: everything
  *
  * GRANTS: the functions that give something away; each is short.
@@ -52,6 +55,7 @@
  *   has_full_access    which servers' users may create rooms       (18)
  *   exchange_verified  room or no room, token or no token          (22)
  *   jwt_put_join       what a join token allows                    (11)
+ *   jwt_check_webhook  that a webhook is the SFU's                 (11)
  *
  * Security claims that hold here, and what shows them (test/):
  *   S1-S3   no connection to a denied address, on any hop; the sockaddr
@@ -61,8 +65,12 @@
  *           lookup_step_call                  blackbox/test_upstream.py
  *   S5      no token unless the server asked named its own user
  *           user_check, exchange_verified     blackbox/test_upstream.py
+ *   S6      a webhook acts only if signature, issuer, times and body
+ *           hash hold: srv_webhook            blackbox/test_webhook.py
+ *   S7      no token given to a client passes as a webhook token
+ *           jwt_check_webhook                 blackbox/test_webhook.py
  *   S8      input changes an outbound path by one encoded segment
- *           bb_percent                        unit.c
+ *           bb_percent, delay_id_check        unit.c, test_leave.py
  *   S9      no secret or token in a log, metric or error
  *           cfg_wipe                          blackbox/test_zz_canary.py
  *   S10     one event is one line without raw control bytes
@@ -77,6 +85,8 @@
  *           conn_slot                         blackbox/test_limits.py
  *   S16     a chain costs five signature checks, 8 certificates, 32 KB
  *           hs_start_cert, tls_*_vrfy         blackbox/test_tls.py
+ *   S17     a user's jobs are capped; restarts are 0.8 s apart
+ *           job_refuses, job_done             blackbox/test_leave.py
  *   S18     overflow is an error: bb_put, js_int_from, sl_u64    unit.c
  *   S20     DNS answers match id and question; none loops
  *           dns_parse                         blackbox/test_dns.py
@@ -94,9 +104,12 @@
  * How to audit: build twice without a network and compare; `make audit`;
  * read 00-04, then 05-14 line by line, then the functions above.
  * Choices where the documents are silent
- *   - A client's delegation request (delay_id) is checked and then refused
- *     with M_BAD_JSON, as a full job table would be: Element Call repeats
- *     without it and keeps its own short delay.
+ *   - Jobs live in memory: a restart forgets them, and the homeserver
+ *     fires the event when its own delay is over.
+ *   - A webhook's token is judged before a large body is read, its hash
+ *     afterwards.
+ *   - The look-up before a restart holds it up for 2 s at most, or a
+ *     quarter of the time left: doubt must not let a deadline pass.
  *   - A client that leaves is not waited for, its lookup ends all the
  *     same: the caches and the kept connection serve the next one.
  *   - Of an SFU's error only Twirp's `code` is logged, never its text.
@@ -424,6 +437,8 @@ enum {
     X(JOB_ENDED,      3107, 'i', "delegated leave ended") \
     X(DELAYED_EVENT_FAILED, 3108, 'w', \
       "homeserver did not restart or send the delayed event") \
+    X(DELAYED_EVENT_LIMITED, 3110, 'd', \
+      "homeserver limits the rate of delayed events") \
     X(PRESENCE_UNKNOWN, 3109, 'd', "presence on the SFU unknown") \
     X(BUG_OVERFLOW,   9001, 'e', "reply did not fit its buffer") \
     X(BUG_MUST,       9002, 'e', "internal invariant broken")
@@ -463,6 +478,7 @@ static const struct event_row {
       "users") \
     X(NO_API,       400, "M_BAD_JSON", \
       "Unable to resolve client-server API") \
+    X(LONG_IDENTITY, 400, "M_BAD_JSON",      "Identity too long to delegate") \
     X(NO_DELEGATION, 400, "M_BAD_JSON", \
       "Too many delegated delayed events") \
     X(USER_LIMIT,   403, "M_USER_LIMIT_EXCEEDED", \
@@ -1188,7 +1204,8 @@ MUST_USE static bool url_parse(sl s_raw, struct url *out)
     if (s_raw.len > LIM_URL_LEN)
         return false;
     for (size_t i = 0; i < s_raw.len; i++)
-        if (s_raw.p[i] <= 0x20 || s_raw.p[i] >= 0x7f)
+        if (s_raw.p[i] <= 0x20 || s_raw.p[i] >= 0x7f
+            || strchr("\"<>\\^`{|}", s_raw.p[i]))
             return false;
     size_t colon = sl_find(s_raw, ':');
     if (sl_starts(sl_skip(s_raw, colon), SL("://"))) {
@@ -1496,7 +1513,9 @@ MUST_USE static int js_store_number(const struct js_field *f, void *base,
     sl text, bool is_int)
 {
     enum js_type want = f ? f->type : JS_ANY;
-    void *to = (uint8_t *)base + (f ? f->offset : 0);
+    if (want == JS_ANY)
+        return 0;
+    void *to = (uint8_t *)base + f->offset;
     if (want == JS_TEXT) {
         *(sl *)to = text;
         return 0;
@@ -1506,8 +1525,6 @@ MUST_USE static int js_store_number(const struct js_field *f, void *base,
         text.len = sl_find(text, '.');
         is_int = true;
     }
-    if (want == JS_ANY)
-        return 0;
     if ((want != JS_INT && want != JS_SECONDS) || !is_int)
         return -EV_JSON_TYPE;
     *(struct js_int *)to = js_int_from(text);
@@ -3238,7 +3255,7 @@ MUST_USE static bool pb_participant_parse(sl rest_raw, struct participant *p)
 {
     *p = (struct participant){ .state = 0 };
     while (rest_raw.len) {
-        uint64_t key, v;
+        uint64_t key, v = 0;
         if (!pb_varint(&rest_raw, &key))
             return false;
         unsigned type = key & 7;
@@ -3481,7 +3498,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(DELEGATE, "/delegate_delayed_leave") X(WEBHOOK, "/sfu_webhook") \
     X(HEALTHZ, "/healthz") X(METRICS, "/metrics") X(OTHER, "other")
 #define CODE_TAB(X) \
-    X(200) X(400) X(401) X(403) X(404) X(405) X(408) X(413) X(414) X(417) X(429) \
+    X(200) X(400) X(401) X(403) X(404) X(405) X(408) X(413) X(414) \
+    X(417) X(429) \
     X(431) X(500) X(501) X(503) X(505)
 #define TARGET_TAB(X) \
     X(WELL_KNOWN, "well_known") X(USERINFO, "userinfo") X(SFU, "sfu") \
@@ -6344,7 +6362,8 @@ static void lookup_fetch(struct lookup *l, int64_t now)
 {
     int64_t end = now + LIM_REPLY_MS;
     struct up_call c = { .owner = KIND_LOOKUP,
-        .owner_idx = (uint16_t)lookup_idx(l), .label = TL_WELL_KNOWN,
+        .owner_idx = (uint16_t)lookup_idx(l),
+        .label = l->is_client ? TL_CLIENT_API : TL_WELL_KNOWN,
         .trust = l->trust, .is_tls = true, .host = l->url.name.host,
         .port = l->url.name.port ? l->url.name.port : 443,
         .cert_name = l->url.name.host,
@@ -6713,6 +6732,7 @@ static struct api {
     struct lookup *lookup;
     int64_t until, used_at;      /* of the base URL */
     int64_t next_at, interval_ms;
+    int64_t halved_us;           /* when the pace was halved */
     struct url url;              /* in text */
     uint8_t name[LIM_NAME_LEN], text[LIM_URL_LEN];
 } api_pool[LIM_API_CNT];
@@ -6729,7 +6749,9 @@ MUST_USE static bool api_take_url(struct api *a, sl text, bool http_ok)
         return false;
     memcpy(a->text, text.p, text.len);
     a->text_len = (uint16_t)text.len;
-    if (!url_parse((sl){ a->text, text.len }, &a->url) || a->url.has_query)
+    struct name n;
+    if (!url_parse((sl){ a->text, text.len }, &a->url) || a->url.has_query
+        || !name_parse(a->url.name.whole, &n))
         return false;
     bool http = sl_ieq(a->url.scheme, SL("http"));
     if (!sl_ieq(a->url.scheme, SL("https")) && !(http && http_ok))
@@ -7052,7 +7074,8 @@ static sl job_server(const struct job *j)
 
 static void job_log(enum event ev, const struct job *j, const char *reason)
 {
-    LOG(ev, KV("server", job_server(j)), KV("room", (sl){ j->alias, HASH_NAME_LEN }),
+    LOG(ev, KV("server", job_server(j)),
+        KV("room", (sl){ j->alias, HASH_NAME_LEN }),
         KV("reason", sl_str(reason)));
 }
 
@@ -7309,7 +7332,10 @@ static enum outcome delayed_judge(struct up *u, bool is_send,
     if (u->state != UP_DONE)
         return OUT_TRANSIENT;
     unsigned st = u->head.status;
-    bool json = js_parse(up_body(u), u->intake.len, &tab, e) == 0;
+    sl body = sl_trim((sl){ up_body(u), u->intake.len });
+    bool is_array = sl_starts(body, SL("["));
+    int err = js_parse(up_body(u), u->intake.len, &tab, e);
+    bool json = err == 0 || err == -EV_JSON_TYPE || is_array;
     *wait_ms = retry_after_ms(up_field(u, H1_RETRY_AFTER),
         io_wall_ms() / 1000);
     if (st < 300)
@@ -7464,8 +7490,10 @@ static void job_log_failed(const struct job *j, enum outcome got,
 {
     struct up *u = j->call;
     uint8_t addr[64], num[20];
-    LOG(EV_DELAYED_EVENT_FAILED, KV("server", job_server(j)),
-        KV("room", (sl){ j->alias, HASH_NAME_LEN }), KV("action", is_send ? SL("send") : SL("restart")),
+    LOG(got == OUT_LIMITED ? EV_DELAYED_EVENT_LIMITED
+        : EV_DELAYED_EVENT_FAILED, KV("server", job_server(j)),
+        KV("room", (sl){ j->alias, HASH_NAME_LEN }),
+        KV("action", is_send ? SL("send") : SL("restart")),
         KV("outcome", got == OUT_PERMANENT ? SL("permanent")
            : got == OUT_LIMITED ? SL("limited") : SL("transient")),
         KV("step", u->state == UP_FAILED ? sl_str(u->step) : SL("http")),
@@ -7479,19 +7507,24 @@ static void job_log_failed(const struct job *j, enum outcome got,
            : (sl){ NULL, 0 }));
 }
 
-/* The pace of an API after an answer: halved by a 429, raised by success. */
+/* The pace of an API after an answer: a 429 stops it for wait_ms and
+ * halves it, once for all calls that were out together; success raises
+ * it. begin_us is when the call was started. */
 static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
-    int64_t now)
+    int64_t begin_us, int64_t now)
 {
-    if (got == OUT_LIMITED) {
-        wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
-        a->interval_ms = a->interval_ms < 125 ? 250
-            : a->interval_ms > 4000 ? 8000 : a->interval_ms * 2;
-        if (now + wait_ms > a->next_at)
-            a->next_at = now + wait_ms;
-    } else if (got == OUT_DONE) {
+    if (got == OUT_DONE)
         a->interval_ms -= a->interval_ms / 8 + (a->interval_ms > 0);
-    }
+    if (got != OUT_LIMITED)
+        return;
+    wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
+    if (now + wait_ms > a->next_at)
+        a->next_at = now + wait_ms;
+    if (begin_us < a->halved_us)
+        return;
+    a->halved_us = io_now_us();
+    a->interval_ms = a->interval_ms < 125 ? 250
+        : a->interval_ms > 4000 ? 8000 : a->interval_ms * 2;
 }
 
 /* Use an ended delayed-event call. */
@@ -7500,7 +7533,7 @@ static void job_call_ended(struct job *j, int64_t now)
     struct api *a = &api_pool[j->api];
     bool is_send = job_hot_of(j)->want == WANT_SEND, stable = a->is_stable;
     struct delayed_error e;
-    int64_t wait_ms = 0;
+    int64_t wait_ms = 0, begin_us = j->call->begin_us;
     enum outcome got = delayed_judge(j->call, is_send, stable, &e, &wait_ms);
     uint8_t target = job_redirect(j);
     bool again = got == OUT_OTHER_PATH || target;
@@ -7519,7 +7552,7 @@ static void job_call_ended(struct job *j, int64_t now)
         wait_ms = backoff_next(&j->call_wait_ms);
     else if (got == OUT_LIMITED)
         j->call_wait_ms = 0;             /* a hint restarts the series */
-    api_pace(a, got, wait_ms, now);
+    api_pace(a, got, wait_ms, begin_us, now);
     loop_wake(KIND_API, j->api);
     switch (got) {
     case OUT_DONE:
@@ -7733,7 +7766,7 @@ static void job_clock(struct job *j, int64_t now)
         job_look(j, sanity ? CK_SANITY : CK_ABSENT, now);
 }
 
-static bool up_is_over(const struct up *u)
+static bool up_has_ended(const struct up *u)
 {
     return u && (u->state == UP_DONE || u->state == UP_FAILED);
 }
@@ -7743,9 +7776,9 @@ static enum step job_step(size_t idx, int revents, int64_t now)
 {
     struct job *j = &job_pool[idx];
     (void)revents;
-    if (j->state != J_FREE && up_is_over(j->look))
+    if (j->state != J_FREE && up_has_ended(j->look))
         job_look_ended(j, now);
-    if (j->state != J_FREE && up_is_over(j->call))
+    if (j->state != J_FREE && up_has_ended(j->call))
         job_call_ended(j, now);
     if (j->state != J_FREE)
         job_clock(j, now);
@@ -8016,7 +8049,8 @@ static const char *status_text(unsigned code)
 {
     static const struct { uint16_t code; const char *text; } tab[] = {
         { 200, "OK" }, { 400, "Bad Request" }, { 401, "Unauthorized" },
-        { 403, "Forbidden" }, { 404, "Not Found" }, { 405, "Method Not Allowed" },
+        { 403, "Forbidden" }, { 404, "Not Found" },
+        { 405, "Method Not Allowed" },
         { 408, "Request Timeout" }, { 413, "Content Too Large" },
         { 414, "URI Too Long" }, { 417, "Expectation Failed" },
         { 429, "Too Many Requests" },
@@ -8535,7 +8569,7 @@ static void conn_open(int fd, bool is_metrics, int64_t now)
     c->since = now;
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
-    (void)conn_step(conn_idx(c), POLLIN, now);   /* its request is often here */
+    (void)conn_step(conn_idx(c), POLLIN, now);   /* a request may be here */
 }
 
 /* GET /healthz: alive, and 503 from SIGTERM on. */
@@ -8693,7 +8727,8 @@ MUST_USE static bool request_check_fields(struct conn *c,
 {
     char text[80];
     for (size_t i = 0; i < COUNT_OF(field_tab); i++) {
-        if (!(x->endpoint == EP_SFU_GET ? field_tab[i].in_legacy : field_tab[i].in_new))
+        if (!(x->endpoint == EP_SFU_GET ? field_tab[i].in_legacy
+                                        : field_tab[i].in_new))
             continue;
         sl v = *(const sl *)(const void *)((const uint8_t *)&x->r
                                            + field_tab[i].at);
@@ -8966,9 +9001,11 @@ static void exchange_delegate(struct exchange *x, int64_t now)
     enum event full = exchange_job(x, &p, ids) ? job_refuses(&p)
         : EV_FIELD_LIMIT;
     if (full != EV_NONE) {
-        exchange_refuse(x, full, RE_NO_DELEGATION, full == EV_JOBS_USER
-            ? RE_USER_LIMIT : full == EV_FIELD_LIMIT ? RE_NO_DELEGATION
-            : RE_LIMITED, now);
+        if (full == EV_FIELD_LIMIT)
+            exchange_fail(x, full, RE_LONG_IDENTITY, now);
+        else
+            exchange_refuse(x, full, RE_NO_DELEGATION, full == EV_JOBS_USER
+                ? RE_USER_LIMIT : RE_LIMITED, now);
         return;
     }
     if (!x->api)

@@ -11,6 +11,7 @@
 #include "unit_http.h"
 #include "unit_dns.h"
 #include "unit_jwt.h"
+#include "unit_leave.h"
 #include "unit_der.h"
 #include "unit_config.h"
 #include "unit_tls.h"
@@ -29,7 +30,8 @@ static const struct { const char *name; void (*run)(void); } group_tab[] = {
     { "chunked", test_chunked }, { "intake", test_intake },
     { "routes", test_routes }, { "dns", test_dns },
     { "dns-damage", test_dns_damage }, { "jwt", test_jwt },
-    { "protobuf", test_protobuf }, { "der", test_der },
+    { "protobuf", test_protobuf }, { "webhooks", test_webhooks },
+    { "leave", test_leave }, { "der", test_der },
     { "certificates", test_certificates }, { "pem", test_pem },
     { "anchors", test_anchors }, { "config", test_config },
     { "judge", test_judge }, { "sessions", test_sessions },

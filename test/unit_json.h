@@ -108,7 +108,7 @@ static void json_limits(void)
             over ? -EV_JSON_LIMIT : 0);
         b = work_bb();
         bb_str(&b, "{\"any\":\"");
-        while (b.len < LIM_BIG_LEN - 2U + (unsigned)over)
+        while (b.len < LIM_HUGE_LEN - 2U + (unsigned)over)
             bb_byte(&b, 'x');
         bb_str(&b, "\"}");
         row_ev(name_of("%zu bytes", b.len), json_made(&b),

@@ -401,7 +401,9 @@ class Job:
     def failures(self):
         """Lines that tell of failed calls; they name the server."""
         self.world.settle()
-        return self.world.log.of(self.server, "DELAYED_EVENT_FAILED")
+        log = self.world.log
+        return (log.of(self.server, "DELAYED_EVENT_FAILED")
+                + log.of(self.server, "DELAYED_EVENT_LIMITED"))
 
     def restarted(self, count=1):
         return self.world.api.wait(self.delay_id, "restart", count)

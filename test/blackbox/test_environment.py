@@ -42,7 +42,7 @@ FATAL = {
     "LKJWT_TOKEN_TTL_S": ["59", "86401", *NUMBER],
     "LKJWT_MAX_BODY": NUMBER, "LKJWT_MAX_CONNS": NUMBER, "LKJWT_KEEPALIVE_S": NUMBER,
     "LKJWT_LOOKUP_TIMEOUT_S": NUMBER, "LKJWT_LOOKUPS_MAX": NUMBER, "LKJWT_LOOKUPS_PER_SERVER": NUMBER,
-    "LKJWT_LAME_DUCK_S": NUMBER, "LKJWT_DRAIN_S": NUMBER,
+    "LKJWT_LAME_DUCK_S": NUMBER, "LKJWT_DRAIN_S": NUMBER, "LKJWT_JOBS_MAX": NUMBER, "LKJWT_JOBS_PER_USER": NUMBER,
     "LKJWT_LOG_FORMAT": ["xml", "logfmt,json"],
     "LKJWT_PRIVATE_NETWORKS": ["maybe", "true"],
     "LKJWT_ALLOW_NETWORKS": ["10.0.0.0/33", "example.org", "10.0.0.0/", "10.0.0/8", "::/129", "10.0.0.0/8,x"],
@@ -75,6 +75,7 @@ ACCEPTED = {
     "LKJWT_LIVEKIT_API_URL": ["http://10.0.0.1:7880", "wss://x/", "livekit:7880"],
     "LKJWT_TOKEN_TTL_S": ["60", "86400"], "LKJWT_MAX_BODY": ["65536"], "LKJWT_MAX_CONNS": ["1", "1024"],
     "LKJWT_KEEPALIVE_S": ["1"], "LKJWT_LAME_DUCK_S": ["0", "5"], "LKJWT_DRAIN_S": ["0"],
+    "LKJWT_JOBS_MAX": ["0", "10000"], "LKJWT_JOBS_PER_USER": ["1", "10000"],
     "LKJWT_LOG_FORMAT": ["json", "logfmt"], "LKJWT_PRIVATE_NETWORKS": ["auto", "deny"],
     "LKJWT_ALLOW_NETWORKS": ["10.0.0.0/8", "10.0.0.0/8,fc00::/7, 127.0.0.1 ::1/128"],
     "LKJWT_RESOLVER": ["10.0.0.53", "10.0.0.53:5353,[::1]:53, ::1"], "LKJWT_METRICS_BIND": [":9090", "[::1]:9090"],
@@ -354,6 +355,7 @@ def test_defaults_of_the_documents():
     for name, value in (("LKJWT_MAX_CONNS", "1024"), ("LKJWT_MAX_BODY", "65536"), ("LKJWT_KEEPALIVE_S", "650"),
                         ("LKJWT_LOOKUP_TIMEOUT_S", "20"), ("LKJWT_LOOKUPS_MAX", "192"),
                         ("LKJWT_LOOKUPS_PER_SERVER", "16"), ("LKJWT_TOKEN_TTL_S", "3600"),
+                        ("LKJWT_JOBS_MAX", "10000"), ("LKJWT_JOBS_PER_USER", "16"),
                         ("LKJWT_LAME_DUCK_S", "0"), ("LKJWT_DRAIN_S", "7"), ("LIVEKIT_JWT_BIND", ":8080")):
         line = [x for x in out.splitlines() if name in x]
         assert line and value in line[0], (name, line)
