@@ -230,6 +230,7 @@ struct plan {
     const char *alg, *alg_inner; /* hex */
     const char *version, *serial;
     sl spki;                     /* instead of the key's */
+    const char *uid;             /* hex of unique ids */
     int extra_cnt;               /* that many private extensions more */
     bool break_sig;
 };
@@ -277,6 +278,7 @@ static sl cert_make(struct plan p)
             der_date(p.until ? p.until : "20491231235959Z")),
         der_name(p.subject ? p.subject : "leaf"),
         p.spki.len ? p.spki : der_spki(p.key),
+        p.uid ? der_hex(p.uid) : none,
         exts.len ? der_of(0xa3, der_of(0x30, exts)) : none);
     sl cert = SEQ(tbs, der_hex(alg), der_sign(p.signer, alg, tbs));
     uint8_t *out = cert_mem[cert_turn++ % 64];
@@ -567,6 +569,11 @@ static void cert_rows(void)
         { "keyUsage, 8 unused", { .usage = "03020880" }, 0 },
         { "keyUsage, no bit string", { .usage = "04020780" }, 0 },
         { "keyUsage with bytes behind", { .usage = "03020780 00" }, 0 },
+        { "both unique ids", { .uid = "81020055 82020055" }, 2 },
+        { "unique ids in another order", { .uid = "82020055 81020055" },
+          0 },
+        { "a unique id cut", { .uid = "817f55" }, 0 },
+        { "a third unique id", { .uid = "84020055" }, 0 },
         { "EKU empty", { .eku = "3000" }, 0 },
         { "EKU, no OID", { .eku = "3003 020101" }, 0 },
         { "EKU with bytes behind", { .eku =
@@ -815,6 +822,12 @@ static void constraint_rows(void)
             is_ip ? 0x87 : 0x82, name) == tab[i].want, "want %d",
             tab[i].want);
     }
+    row("permitted cut", !cert_permits(SL("\xa0\x09\x30"), 0x82,
+        SL("a.org")), "taken");
+    row("a tree cut", !cert_permits(SL("\xa0\x03\x30\x09\x82"), 0x82,
+        SL("a.org")), "taken");
+    row("an empty tree", !cert_permits(SL("\xa0\x02\x30\x00"), 0x82,
+        SL("a.org")), "taken");
     row("excluded before permitted", !cert_permits(SL("\xa1\x00\xa0\x00"),
         0x82, SL("a.org")), "taken");
     row("a third list", !cert_permits(SL("\xa0\x00\xa1\x00\xa2\x00"), 0x82,

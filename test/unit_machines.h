@@ -650,6 +650,11 @@ static void tls_rows(void)
           .tls = TLS_SILENT } }, 5001 },
         { "U4 takes ten bytes: 5 s", A1, "TLS_TIMEOUT tls", { { "10.0.0.1",
           443, .tls = TLS_YES, .san = "a.org", .no_write = true } }, 5001 },
+        { "U4 eight certificates", A1, "200 {}", { { "10.0.0.1", 443,
+          .tls = TLS_YES, .san = "a.org", .reply = { OK_REPLY },
+          .inters = 7 } }, 1 },
+        { "U4 nine certificates", A1, "TLS_CHAIN tls", { { "10.0.0.1", 443,
+          .tls = TLS_YES, .san = "a.org", .inters = 8 } }, 1 },
         { "U4 closed, next", A12, "200 {}", { { "10.0.0.1", 443,
           .tls = TLS_CLOSE }, { "10.0.0.2", 443, .tls = TLS_YES,
           .san = "a.org", .reply = { OK_REPLY } } }, 2 },
@@ -697,6 +702,17 @@ static void tls_rows(void)
     (void)net_run(up_is_over, 60000);
     row_str("U4 checks off", up_text(up_test), "200 {}");
     up_close(up_test, world_ms);
+    /* a trailing dot is no part of the names in TLS */
+    net_reset();
+    zone_add("a.org", "A", A1);
+    site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 443,
+        .tls = TLS_YES, .san = "a.org", .reply = { OK_REPLY } };
+    (void)up_begin_test((struct up_opt){ .tls = true, .host = "a.org." });
+    (void)net_run(up_is_over, 60000);
+    row("U4 a trailing dot", sl_eq(up_text(up_test), SL("200 {}"))
+        && strcmp(site_tab[0].sni, "a.org") == 0, "%.*s, %s",
+        (int)up_text(up_test).len, up_text(up_test).p, site_tab[0].sni);
+    up_close(up_test, world_ms);
     /* an address has no SNI */
     net_reset();
     site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 443,
@@ -730,6 +746,12 @@ static void tls_rows(void)
     }
     row("U3 eight handshakes, two wait", in_tls == LIM_HS_CNT
         && waiting == 2, "%u, %u wait", in_tls, waiting);
+    struct up *own = up_begin_test((struct up_opt){ .tls = true,
+        .host = san[LIM_HS_CNT], .class = CLASS_OPERATOR, .ms = 500 });
+    net_run(net_never, 600);
+    row("U3 the call's own end", sl_eq(up_text(own), SL("TLS_TIMEOUT tls")),
+        "%.*s", (int)up_text(own).len, up_text(own).p);
+    up_close(own, world_ms);
     up_close(u[3], world_ms);
     net_run(net_never, 100);
     row("U3 the longest waiting is next", u[LIM_HS_CNT]->state == UP_DONE
@@ -888,6 +910,58 @@ static void test_upstream(void)
     tls_rows();
     kept_rows();
     share_rows();
+    /* 128 are kept idle; the oldest makes room */
+    net_reset();
+    struct bb hosts = work_bb();
+    static char host[LIM_IDLE_CNT + 3][20];
+    for (int i = 0; i < LIM_IDLE_CNT + 3; i++) {
+        snprintf(host[i], sizeof host[i], "h%d.org", i);
+        bb_str(&hosts, "10.0.0.1 ");
+        bb_str(&hosts, host[i]);
+        bb_str(&hosts, "\n");
+    }
+    bb_byte(&hosts, 0);
+    file_write("build/unit/hosts3", (char *)work_buf);
+    cfg.hosts_file = SL("build/unit/hosts3\0");
+    site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 80,
+        .reply = { OK_REPLY } };
+    for (int i = 0; i < LIM_IDLE_CNT + 3; i++) {
+        (void)up_begin_test((struct up_opt){ .host = host[i] });
+        (void)net_run(up_is_over, 60000);
+        up_close(up_test, world_ms);
+        net_run(net_never, 10);
+    }
+    row_int("idle connections kept", sock_open_cnt(), LIM_IDLE_CNT);
+    for (int k = 0; k < 2; k++) {
+        int before = site_tab[0].dials;
+        (void)up_begin_test((struct up_opt){ .host = host[k ? 0 : 40] });
+        (void)net_run(up_is_over, 60000);
+        up_close(up_test, world_ms);
+        row(k ? "the oldest is gone" : "a younger one is used",
+            site_tab[0].dials - before == k, "%d dials",
+            site_tab[0].dials - before);
+    }
+    /* an idle one gives way to a call; none left is an event */
+    for (int k = 0; k < 2; k++) {
+        net_reset();
+        zone_add("a.org", "A", A1);
+        site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 80,
+            .reply = { OK_REPLY } };
+        (void)up_begin_test((struct up_opt){ .host = "10.0.0.1" });
+        (void)net_run(up_is_over, 60000);
+        up_close(up_test, world_ms);
+        for (size_t i = k ? 0 : 1; i < LIM_CHAN_CNT; i++) {
+            if (chan_pool[i].state == CHAN_IDLE)
+                chan_close(&chan_pool[i]);
+            chan_pool[i].state = CHAN_BUSY;
+            chan_pool[i].fd = -1;
+        }
+        (void)up_begin_test((struct up_opt){ 0 });
+        (void)net_run(up_is_over, 60000);
+        row_str(k ? "no connection slot" : "an idle connection gives way",
+            up_text(up_test), k ? "CHAN_FULL connect" : "200 {}");
+        up_close(up_test, world_ms);
+    }
     /* as many calls as there are, then none */
     net_reset();
     zone_add("a.org", "A", "drop");
@@ -1196,6 +1270,11 @@ static const struct disco disco_tab[] = {
     INFO("silent", "HS_TIMEOUT http", .reply = { "" }),
     INFO("refused", "CONNECT_FAILED connect", .dial = DIAL_REFUSE),
     INFO("never connects", "CONNECT_TIMEOUT connect", .dial = DIAL_HOLE),
+    { "a name with an empty label", "a..org:1", "DNS_NONE address",
+      { { 0 } }, { { 0 } }, .ms = 0 },
+    { "a name with a label of 64", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+      "aaaaaaaaaaaaaaaaaaaaaaaa.org:1", "DNS_NONE address", { { 0 } },
+      { { 0 } }, .ms = 0 },
     { "no address", "a.org:1", "DNS_NONE address", { { 0 } }, { { 0 } },
       .ms = 0 },
     { "DNS fails", "a.org:1", "DNS_FAILED address", { { "a.org", "A",
@@ -1380,6 +1459,24 @@ static void wk_rows(void)
         "CONNECT_FAILED connect") == 0 && site_tab[0].requests == 3,
         "%s, %d requests", look_text(), site_tab[0].requests);
     lookup_close(look_test, world_ms);
+    /* two at once: each forgets it once */
+    site_tab[2].dial = DIAL_OK;
+    net_run(net_never, 4000000);
+    (void)look_begin("a.org");
+    (void)net_run(look_is_over, 60000);
+    lookup_close(look_test, world_ms);
+    net_run(net_never, 61000);
+    site_tab[2].dial = DIAL_REFUSE;
+    int fetched = site_tab[0].requests;
+    struct lookup *both[2] = { look_begin("a.org"), look_begin("a.org") };
+    (void)net_run(look_is_over, 60000);
+    net_run(net_never, 10);
+    row("two at a delegation that is down", both[0]->state == L_FAILED
+        && both[1]->state == L_FAILED && site_tab[0].requests - fetched <= 2,
+        "%d %d, %d requests", both[0]->state, both[1]->state,
+        site_tab[0].requests - fetched);
+    lookup_close(both[0], world_ms);
+    lookup_close(both[1], world_ms);
     /* L2: the second waits for the first one's fetch */
     disco_set(&good);
     struct lookup *first = look_begin("a.org");
@@ -1474,6 +1571,10 @@ static void test_discovery(void)
     }
     row_int("lookups of strangers", cnt, LIM_STRANGER_CNT);
     row("the rest is for the listed", lookup_may_open(1, true), "refused");
+    cfg.is_open = true;
+    row("full access for all: strangers may have all but 16",
+        lookup_may_open(dest_hash(SL("z.org:1")), false), "refused");
+    cfg.is_open = false;
     for (size_t i = 0; i < LIM_UP_CNT; i++)
         if (lookup_pool[i].state != L_FREE)
             lookup_close(&lookup_pool[i], world_ms);
@@ -1517,7 +1618,7 @@ static const char *client_text(const struct sock *s)
 #define POST(path, len) "POST " path " HTTP/1.1\r\nHost: x\r\n" \
     "Content-Length: " #len "\r\n\r\n"
 
-static char long_post[70000];
+static char long_post[70000], long_line[6000], long_field[10000];
 
 /* What comes at 0 ms and at later_ms, and what is said at at_ms. */
 static const struct client_case { const char *name, *in, *later;
@@ -1562,6 +1663,12 @@ static const struct client_case { const char *name, *in, *later;
       GET("/healthz"), NULL, 0, 100, "200+ 400- " },
     { "C1 other Expect", "POST /get_token HTTP/1.1\r\nHost: x\r\nExpect: "
       "tea\r\nContent-Length: 2\r\n\r\n", NULL, 0, 100, "417- " },
+    { "C1 a long line", long_line, NULL, 0, 100, "414- " },
+    { "C1 a long head", long_field, NULL, 0, 100, "431- " },
+    { "C2 long trailers", "POST /get_token HTTP/1.1\r\nHost: x\r\n"
+      "Transfer-Encoding: chunked\r\n\r\n0\r\na:b\r\na:b\r\na:b\r\na:b\r\n"
+      "a:b\r\na:b\r\na:b\r\na:b\r\na:b\r\na:b\r\na:b\r\na:b\r\na:b\r\n"
+      "a:b\r\na:b\r\na:b\r\na:b\r\n\r\n", NULL, 0, 100, "431- " },
     { "C1 methods", "POST /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
       GET("/get_token") "get /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
       "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", NULL, 0, 100,
@@ -1787,6 +1894,49 @@ static void full_rows(void)
         "%s", client_text(s));
     net_run(net_never, 700000);
     row("nothing is left", net_left()[0] == 0, "%s", net_left());
+    /* nothing in the lane either: a bare 503 */
+    net_reset();
+    cfg.max_conns = 4;
+    for (int i = 0; i < 4 + LIM_LANE_CNT; i++)
+        conn_pool[i] = (struct conn){ .state = C_WAIT, .fd = -1,
+            .end = INT64_MAX };
+    s = client_new(false);
+    sock_say(s, GET("/healthz"));
+    net_run(net_never, 10);
+    row("pool and lane are full", strstr(client_text(s), "503- closed")
+        && log_has("event=CONN_FULL"), "%s", client_text(s));
+    /* a client's own request id comes back, an odd one is replaced */
+    net_reset();
+    s = client_new(false);
+    sock_say(s, "GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a.b-_9\r\n"
+        "\r\nPOST /get_token HTTP/1.1\r\nHost: x\r\nX-Request-Id: a b\r\n"
+        "\r\n");
+    net_run(net_never, 10);
+    row("request ids", strstr((char *)s->out, "\r\nX-Request-Id: a.b-_9\r\n")
+        && !strstr((char *)s->out, "X-Request-Id: a b")
+        && log_has(" req=") && !log_has("a b"), "%s", (char *)s->out);
+    s->is_reset = true;
+    net_run(net_never, 10);
+    row("C1 a reset", net_left()[0] == 0, "%s", net_left());
+    /* a client that leaves while it waits */
+    net_reset();
+    cfg.lookups_max = 1;
+    zone_add("hang.org", "A", "drop");
+    zone_add("hang.org", "AAAA", "drop");
+    busy[0] = client_new(false);
+    sock_say(busy[0], hang_body);
+    net_run(net_never, 10);
+    busy[1] = client_new(false);
+    sock_say(busy[1], hang_body);
+    net_run(net_never, 10);
+    busy[1]->is_reset = true;
+    busy[1]->dial_errno = ECONNRESET;
+    net_run(net_never, 10);
+    row("X1 a client that leaves waits no more", !busy[1]->used
+        && met.gauge[GA_WAITING] == 0 && busy[0]->used, "%d, %lld wait",
+        busy[1]->used, (long long)met.gauge[GA_WAITING]);
+    net_run(net_never, 700000);
+    row("X1 nothing is left of it", net_left()[0] == 0, "%s", net_left());
     /* a client that leaves while its exchange runs */
     net_reset();
     zone_add("hang.org", "A", "drop");
@@ -1818,6 +1968,10 @@ static void test_server(void)
     int n = sprintf(long_post, "POST /get_token HTTP/1.1\r\nHost: x\r\n"
         "Content-Length: 60000\r\n\r\n");
     memset(long_post + n, 'x', 60000);
+    strcpy(long_line, "GET /");
+    memset(long_line + 5, 'x', 5000);
+    strcpy(long_field, "GET / HTTP/1.1\r\nX: ");
+    memset(long_field + strlen(long_field), 'x', 9000);
     client_rows();
     write_rows();
     full_rows();
@@ -2354,6 +2508,30 @@ static void test_loop(void)
             up_text(up_test).p);
         up_close(up_test, world_ms);
     }
+    /* what was in use meanwhile is not kept */
+    net_reset();
+    zone_add("a.org", "A", A1);
+    site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 443,
+        .tls = TLS_YES, .san = "a.org", .reply = { OK_REPLY },
+        .slow_ms = 1000 };
+    (void)up_begin_test((struct up_opt){ .tls = true });
+    net_run(net_never, 500);
+    struct bb pem = work_bb();
+    pem_put(&pem, cert_make((struct plan){ .is_ca = true,
+        .subject = "stray", .issuer = "stray", .key = K_OTHER,
+        .signer = K_OTHER }));
+    bb_byte(&pem, 0);
+    file_write("build/unit/ca2.pem", (char *)work_buf);
+    cfg.ca_file = SL("build/unit/ca2.pem\0");
+    cfg.ca_only = true;
+    signal_reload = 1;
+    (void)net_run(up_is_over, 60000);
+    row("SIGHUP, a call in flight is finished", sl_eq(up_text(up_test),
+        SL("200 {}")), "%.*s", (int)up_text(up_test).len,
+        up_text(up_test).p);
+    up_close(up_test, world_ms);
+    row("SIGHUP, its connection is not kept", net_left()[0] == 0, "%s",
+        net_left());
     exchange_reset("", NULL);
     cfg.lame_duck_ms = 5000;
     signal_stop = 1;

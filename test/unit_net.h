@@ -142,12 +142,13 @@ struct site {
     const char *reply[6];        /* by request, the last for ever */
     bool no_write;               /* takes no more than ten bytes */
     int64_t slow_ms;             /* before each reply */
+    int inters;                  /* so many intermediates; 0: one */
     /* what happened */
     int dials, requests, resumed;
     bool is_made;
     char sni[300], request[8192];
     uint8_t leaf[2000], inter[2000];
-    br_x509_certificate chain[2];
+    br_x509_certificate chain[12];
 };
 enum { SITE_CNT = 16 };
 static struct site site_tab[SITE_CNT];
@@ -274,7 +275,8 @@ static void site_make(struct site *t)
     t->chain[0] = (br_x509_certificate){ t->leaf, leaf.len };
     sl inter = chain_part('I', NULL);
     memcpy(t->inter, inter.p, inter.len);
-    t->chain[1] = (br_x509_certificate){ t->inter, inter.len };
+    for (int i = 1; i < 12; i++)
+        t->chain[i] = (br_x509_certificate){ t->inter, inter.len };
     t->is_made = true;
 }
 
@@ -286,7 +288,8 @@ static void site_start_tls(struct site *t, struct site_conn *c)
     if (!site_sessions.vtable)
         br_ssl_session_cache_lru_init(&site_sessions, site_session_mem,
             sizeof site_session_mem);
-    br_ssl_server_init_full_ec(&c->sc, t->chain, 2, BR_KEYTYPE_EC,
+    br_ssl_server_init_full_ec(&c->sc, t->chain,
+        t->inters ? 1 + (size_t)t->inters : 2, BR_KEYTYPE_EC,
         &key_get(K_LEAF)->ec);
     br_ssl_engine_set_buffer(&c->sc.eng, c->io, sizeof c->io, 1);
     br_ssl_server_set_cache(&c->sc, &site_sessions.vtable);

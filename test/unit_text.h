@@ -613,6 +613,10 @@ static void test_dates(void)
         bb_rfc3339(&b, tab[i].wall * 1000);
         row_str(tab[i].iso, work_done(&b), tab[i].iso);
     }
+    struct civil old = civil_from(-1);
+    row("a second before 1970", old.year == 1969 && old.month == 12
+        && old.day == 31 && old.hour == 23 && old.sec == 59
+        && old.weekday == 3, "differs");
     struct bb b = work_bb();
     bb_rfc3339(&b, 1726760839007);
     row_str("milliseconds", work_done(&b), "2024-09-19T15:47:19.007Z");
@@ -742,6 +746,9 @@ static void test_logs(void)
     LOG0(EV_NAME_BAD);
     row("the dropped ones are told", log_has("suppressed=100"), "%s",
         log_buf);
+    LOG0(EV_NAME_BAD);
+    row("and told once", strstr(strstr(log_buf, "suppressed=") + 1,
+        "suppressed=") == NULL, "%s", log_buf);
     /* a line is at most 2 KB whatever its values */
     uint8_t big[256];
     memset(big, 0x1b, sizeof big);

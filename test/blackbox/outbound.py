@@ -10,7 +10,7 @@ import tempfile
 
 import jwt as pyjwt
 
-from peers import Pki, add_addr, wait_for
+from peers import Pki, SCRATCH, add_addr, wait_for
 from service import CANARY_KEY, CANARY_SECRET, CANARY_TOKEN, Service, base_env
 
 PUB = "51.15.0.%d"              # public unicast, on lo
@@ -35,11 +35,11 @@ def pki():
 
 @functools.cache
 def empty_file():
-    return tempfile.NamedTemporaryFile(prefix="lkjwt-empty-", delete=False).name
+    return tempfile.NamedTemporaryFile(prefix="lkjwt-empty-", dir=SCRATCH, delete=False).name
 
 
 def text_file(text, suffix=".txt"):
-    with tempfile.NamedTemporaryFile("wb", prefix="lkjwt-", suffix=suffix, delete=False) as f:
+    with tempfile.NamedTemporaryFile("wb", prefix="lkjwt-", dir=SCRATCH, suffix=suffix, delete=False) as f:
         f.write(text if isinstance(text, bytes) else text.encode())
     return f.name
 

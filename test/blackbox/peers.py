@@ -2,6 +2,7 @@
 SFU, raw bytes), a scripted DNS server, and wrappers of real servers (dnsmasq, nginx, openssl,
 GnuTLS). Everything listens on addresses of the loopback device and is stopped by pid or handle."""
 
+import atexit
 import contextlib
 import datetime
 import errno
@@ -27,6 +28,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+SCRATCH = tempfile.mkdtemp(prefix="lkjwt-test-")     # all files of the stand-ins, gone with the process
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 HANG = 30           # seconds after which a wait is a hang; never a statement about speed
 SUB_PATH = "/_matrix/federation/v1/openid/userinfo"
 WELL_KNOWN = "/.well-known/matrix/server"
@@ -175,7 +178,7 @@ class Pki:
     """An own CA: .root, .inter (a default intermediate), .leaf(...), .ca(...); .ca_file is the root's PEM."""
 
     def __init__(self, folder=None, key="p256", inter_key=None, name="lkjwt test"):
-        self.dir = folder or tempfile.mkdtemp(prefix="lkjwt-pki-")
+        self.dir = folder or tempfile.mkdtemp(prefix="lkjwt-pki-", dir=SCRATCH)
         os.makedirs(self.dir, exist_ok=True)
         self.kind, self.name, self._n = key, name, 0
         self.root = self.ca(f"{name} root", key=key, issuer=None)
@@ -932,7 +935,7 @@ class Process:
     """A real server in the foreground: its output goes to .log_file; ready is asked until true."""
 
     def __init__(self, args, ready, cwd=None, stdin=None, env=None):
-        fd, self.log_file = tempfile.mkstemp(prefix=os.path.basename(args[0]) + "-", suffix=".log")
+        fd, self.log_file = tempfile.mkstemp(prefix=os.path.basename(args[0]) + "-", suffix=".log", dir=SCRATCH)
         self.proc = subprocess.Popen(args, stdout=fd, stderr=subprocess.STDOUT, cwd=cwd,
                                      stdin=stdin or subprocess.DEVNULL, env=env)
         os.close(fd)
@@ -980,7 +983,7 @@ class Dnsmasq(Process):
 
     def __init__(self, config, addr="127.0.0.1", port=None):
         self.addr, self.port = addr, port or free_port(addr)
-        self.dir = tempfile.mkdtemp(prefix="lkjwt-dnsmasq-")
+        self.dir = tempfile.mkdtemp(prefix="lkjwt-dnsmasq-", dir=SCRATCH)
         path = os.path.join(self.dir, "dnsmasq.conf")
         with open(path, "w") as f:
             f.write(f"port={self.port}\nlisten-address={addr}\nbind-interfaces\nno-resolv\nno-hosts\nno-daemon\n"
@@ -1008,7 +1011,7 @@ class Nginx(Process):
     """nginx in the foreground; http: text inside its http block."""
 
     def __init__(self, http, addr, port):
-        self.dir = tempfile.mkdtemp(prefix="lkjwt-nginx-")
+        self.dir = tempfile.mkdtemp(prefix="lkjwt-nginx-", dir=SCRATCH)
         self.addr, self.port = addr, port
         path = os.path.join(self.dir, "nginx.conf")
         with open(path, "w") as f:

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from outbound import Exchange, by_token, lkjwt, pki, pub, PUB, PUB6, text_file
-from peers import (Cert, Dns, Homeserver, Nginx, Pki, Process, RawServer, Reply, SUB_PATH, accepts, free_port, new_key,
-                   now_utc, wait_for, which)
+from peers import (Cert, Dns, Homeserver, Nginx, Pki, Process, RawServer, Reply, SCRATCH, SUB_PATH, accepts, free_port,
+                   new_key, now_utc, wait_for, which)
 
 HOST, HOST6, NAME = PUB % 50, PUB6 % 50, "tls.test"
 TOKEN = "tlstoken"              # openssl s_server serves files, so here the token is part of a file's name
@@ -59,7 +59,7 @@ class OpensslServer(Process):
     """openssl s_server, which answers with the file of the path asked."""
 
     def __init__(self, cert, server, *args):
-        self.dir = tempfile.mkdtemp(prefix="lkjwt-s_server-")
+        self.dir = tempfile.mkdtemp(prefix="lkjwt-s_server-", dir=SCRATCH)
         self.port = free_port(HOST)
         path = os.path.join(self.dir, SUB_PATH.strip("/") + f"?access_token={TOKEN}")
         os.makedirs(os.path.dirname(path))
@@ -524,7 +524,7 @@ def test_s21_mutated_certificates(dns):
     rng = random.Random(21)
     shown = 0
     with lkjwt(dns) as svc:
-        # half of them with the two extensions that are judged here instead of by the library
+        # half of them with the two extensions that are judged by lkjwt instead of BearSSL
         strict = pki().ca("strict", permitted=dns_trees("test"))
         for i in range(500):
             leaf = pki().leaf([NAME], issuer=strict, eku_critical=True) if i % 4 > 1 else plain(pki())
@@ -571,7 +571,7 @@ def test_self_signed_certificate_named_as_anchor(ca, dns):
 # ---- where the anchors come from ----------------------------------------------------------------------
 
 def pem_dir(*pems):
-    d = tempfile.mkdtemp(prefix="lkjwt-cadir-")
+    d = tempfile.mkdtemp(prefix="lkjwt-cadir-", dir=SCRATCH)
     for i, pem in enumerate(pems):
         with open(os.path.join(d, f"ca{i}.pem"), "wb") as f:
             f.write(pem)
