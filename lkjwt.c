@@ -11138,6 +11138,9 @@ static int main_serve(int argc, char **argv)
     (void)argv;
     if (!main_begin())
         return 1;
+    if (env_raw("LIVEKIT_REDIS_URL").len == 0)
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_REDIS_URL",
+            "unset: delegated leaves live in memory, a restart forgets them");
     (void)io_hosts();
     (void)io_resolv();
     main_nofile();
