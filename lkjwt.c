@@ -4175,9 +4175,10 @@ static struct dns_entry *res_slot(const uint8_t key[16], int64_t now)
 static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
     const struct dns_entry **out)
 {
-    uint8_t lower[LIM_HOST_LEN], sum[32];
-    if (name.len > 253)
-        return RES_NONE;
+    uint8_t lower[LIM_HOST_LEN], sum[32], wire[LIM_HOST_LEN + 3];
+    struct bb b = BB(wire);
+    if (!dns_put_name(&b, name))
+        return RES_NONE;                 /* DNS has no such name */
     for (size_t i = 0; i < name.len; i++)
         lower[i] = ascii_lower(name.p[i]);
     sl part[2] = { { lower, name.len },
