@@ -533,7 +533,7 @@ def leaving_is_final(world):
     """Joined, left and aborted while the send is not through change nothing; no restart any more."""
     job = world.job().script("send", BUSY, BUSY, OK).connected().left()
     job.sent(1)
-    job.joined(sid="PA_2").left("DUPLICATE_IDENTITY", sid="PA_2").hook("participant_connection_aborted")
+    job.joined(sid="PA_2").left("DUPLICATE_IDENTITY", sid="PA_2", absent=False).hook("participant_connection_aborted")
     job.sent(3)
     job.ended()
     assert [c.action for c in job.calls()] == ["restart"] + ["send"] * 3
