@@ -3964,7 +3964,6 @@ static void big_free(uint8_t *big)
 }
 
 static void res_wake_waiters(void);
-static enum step query_step(size_t idx, int revents, int64_t now);
 
 static void query_watch(size_t idx)
 {
@@ -5278,7 +5277,6 @@ struct up_call {
     enum target_label label;
     struct trust trust;
     bool is_tls, search;     /* search: resolv.conf's list may be used */
-    bool is_get;             /* a redirect may be followed by the owner */
     sl host;                 /* to resolve and dial; IPv6 in brackets */
     uint16_t port;
     sl cert_name;            /* for SNI and certificate */
@@ -6355,8 +6353,6 @@ static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
         if (lookup_pool[i].state == L_WK_WAIT)
             loop_wake(KIND_LOOKUP, i);
 }
-
-static void lookup_well_known(struct lookup *l, int64_t now);
 
 /* Fetch l->url, one hop. */
 static void lookup_fetch(struct lookup *l, int64_t now)
@@ -8309,6 +8305,24 @@ static const char *webhook_token(const struct conn *c, uint8_t want[36])
         cfg.key_cnt, io_wall_ms() / 1000, want);
 }
 
+/* A webhook whose body needs a large buffer gets none without a good token
+ * (T7). True: refused and answered. */
+static bool webhook_refused(struct conn *c, struct h1_body body, int64_t now)
+{
+    uint8_t sum[36];
+    if (body.kind == H1_LENGTH && body.len <= LIM_IN_LEN - c->head_len)
+        return false;
+    const char *why = webhook_token(c, sum);
+    if (!why)
+        return false;
+    c->is_keep = false;
+    c->is_refused = true;
+    LOG(EV_WEBHOOK_BAD, KV("req", ((sl){ c->req, c->req_len })),
+        KV("reason", sl_str(why)));
+    conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    return true;
+}
+
 /* A complete head: decide framing, route and whether a body is read. */
 static void conn_head(struct conn *c, size_t head_len, int64_t now)
 {
@@ -8352,19 +8366,8 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
             conn_dispatch(c, now);
         return;
     }
-    if (wanted && c->route->body_cap
-        && !(body.kind == H1_LENGTH && body.len <= LIM_IN_LEN - head_len)) {
-        uint8_t sum[36];       /* no large buffer without a good token (T7) */
-        const char *why = webhook_token(c, sum);
-        if (why) {
-            c->is_keep = false;
-            c->is_refused = true;
-            LOG(EV_WEBHOOK_BAD, KV("req", ((sl){ c->req, c->req_len })),
-                KV("reason", sl_str(why)));
-            conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
-            return;
-        }
-    }
+    if (wanted && c->route->body_cap && webhook_refused(c, body, now))
+        return;
     if (has_expect && !c->body.is_done && c->in_len == head_len) {
         sl go = SL("HTTP/1.1 100 Continue\r\n\r\n");
         if (io_write(c->fd, go) != (ssize_t)go.len) {
