@@ -210,8 +210,10 @@ enum {
     LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
     LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
     LIM_JOBCALL_CNT  = 48,     /* calls of delegated leaves, their own */
-    LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_JOBCALL_CNT,
-    LIM_CHAN_CNT     = 368,    /* connections: calls and kept idle ones */
+    LIM_REDIS_CNT    = 2,      /* connections to Redis: commands, stream */
+    LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_JOBCALL_CNT
+        + LIM_REDIS_CNT,
+    LIM_CHAN_CNT     = 328,    /* connections: calls and kept idle ones */
     LIM_IDLE_CNT     = 128,    /* kept idle connections */
     LIM_HS_CNT       = 8,      /* TLS handshakes at once */
     LIM_HS_DEST      = 3,      /* of them per destination; strangers 2 */
@@ -260,6 +262,32 @@ enum {
     LIM_API_OK_MS    = 14400000,   /* a client-server API is remembered */
     LIM_API_BAD_MS   = 60000,
     LIM_SILENCE_MS   = 600000, /* connected, and no webhook: told */
+
+    /* Redis and replicas */
+    LIM_REDIS_IN     = 20480,  /* an element, or what is known of it */
+    LIM_REDIS_BULK   = 8192,   /* bulk strings taken whole; longer: skipped */
+    LIM_REDIS_OUT    = 286720, /* a webhook, its token, some commands */
+    LIM_REDIS_OPS    = 256,    /* commands whose replies are awaited */
+    LIM_REDIS_LINE   = 1024,   /* one line of a reply */
+    LIM_REDIS_DEPTH  = 8,      /* arrays in arrays */
+    LIM_REDIS_ELEMENTS = 40000,
+    LIM_RECORD_LEN   = 4096,   /* field or value of a stored job */
+    LIM_REDIS_DIAL_MS = 5000,  /* defaults of the URL's time-outs */
+    LIM_REDIS_READ_MS = 3000,
+    LIM_REDIS_PAUSE_MS = 5000, /* between two attempts to connect, at most */
+    LIM_LOAD_FACTOR  = 10,     /* HGETALL may take that many times as long */
+    LIM_SHARD_CNT    = 64,
+    LIM_LEASE_MS     = 4000,
+    LIM_TICK_MS      = 1300,   /* leases are renewed */
+    LIM_OUTAGE_MS    = 5000,   /* then replicas act from memory */
+    LIM_STREAM_LEN   = 10000,  /* events kept in the stream, about */
+    LIM_STREAM_CNT   = 64,     /* events asked for at once */
+    LIM_BLOCK_MS     = 2000,   /* XREAD waits */
+    LIM_GONE_CNT     = 4096,   /* departures remembered */
+    LIM_GONE_MS      = 120000,
+    LIM_RECHECK_MS   = 10000,  /* all jobs are verified within */
+    LIM_STOP_RESTART_MS = 10000,   /* restarts due by then: before we stop */
+    LIM_BUILD_S      = 1795478400, /* a clock before 2026-11-24 is wrong */
 
     /* certificates */
     LIM_CHAIN_CNT  = 8,        /* certificates taken from a peer */
@@ -440,6 +468,22 @@ enum {
     X(DELAYED_EVENT_LIMITED, 3110, 'd', \
       "homeserver limits the rate of delayed events") \
     X(PRESENCE_UNKNOWN, 3109, 'd', "presence on the SFU unknown") \
+    X(REDIS_UP,       3201, 'i', "connected to Redis") \
+    X(REDIS_DOWN,     3202, 'w', \
+      "no Redis: delegated leaves go on in memory") \
+    X(REDIS_PROTO,    3203, 'w', "Redis sends what is not RESP2") \
+    X(REDIS_REFUSED,  3204, 'w', "Redis refuses a command") \
+    X(REDIS_SINGLE,   3205, 'w', \
+      "Redis refuses scripts or streams: delegated leaves are kept, but " \
+      "not shared; run one replica only") \
+    X(REDIS_ENTRY_BAD, 3206, 'w', \
+      "stored delegated leave cannot be used, left alone") \
+    X(REDIS_CHANGED,  3207, 'w', \
+      "another Redis, or one that lost its leases: all delegated leaves " \
+      "are verified and written again") \
+    X(SHARDS,         3208, 'd', "share of the delegated leaves") \
+    X(JOBS_RESTORED,  3209, 'i', "stored delegated leaves taken over") \
+    X(JOB_HANDED,     3210, 'd', "another replica has the delegated leave") \
     X(BUG_OVERFLOW,   9001, 'e', "reply did not fit its buffer") \
     X(BUG_MUST,       9002, 'e', "internal invariant broken")
 
@@ -567,8 +611,8 @@ enum class { CLASS_STRANGER, CLASS_LISTED, CLASS_OPERATOR };
 
 /* Kinds of objects that the loop drives; rows of dispatch_tab. */
 enum kind { KIND_LISTEN, KIND_CONN, KIND_EXCHANGE, KIND_LOOKUP, KIND_UP,
-    KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_JOB, KIND_API, KIND_SIGNAL,
-    KIND_CNT };
+    KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_JOB, KIND_API, KIND_REDIS,
+    KIND_REPLICA, KIND_SIGNAL, KIND_CNT };
 
 struct trust {
     enum class class;
@@ -591,6 +635,15 @@ struct base {
 };
 
 struct override { sl name; struct base base; };
+
+/* Where Redis is (PROTOCOL section 12). */
+struct redis_url {
+    bool is_tls, is_unix, skip_verify;
+    uint16_t port, db;
+    sl host, path;           /* path: of the socket */
+    sl user, sec_password, client_name;
+    int64_t dial_ms, read_ms, write_ms;
+};
 
 /* One API key: its name, and HMAC's state for its secret. */
 struct api_key { sl name; br_hmac_key_context sec_key; };
@@ -631,6 +684,8 @@ struct cfg {
     int64_t token_ttl_s, max_body, max_conns, keepalive_ms, lookup_ms;
     int64_t lookups_max, lookups_per_server, lame_duck_ms, drain_ms;
     int64_t sanity_s, jobs_max, jobs_per_user;
+    bool has_redis;
+    struct redis_url redis;
 };
 
 /* ==== 05 BYTES ===================== PART I: PURE =====================
@@ -787,6 +842,14 @@ static uint16_t be16(const uint8_t *p)
 static uint32_t be32(const uint8_t *p)
 {
     return (uint32_t)be16(p) << 16 | be16(p + 2);
+}
+
+static void sha256(sl s, uint8_t out[32])
+{
+    br_sha256_context c;
+    br_sha256_init(&c);
+    br_sha256_update(&c, s.p, s.len);
+    br_sha256_out(&c, out);
 }
 
 /* SHA-256 over parts, each preceded by its 4-byte length, so that no two
@@ -948,6 +1011,32 @@ static void bb_percent(struct bb *b, sl s)
             bb_put(b, (sl){ (uint8_t[3]){ '%', (uint8_t)hex[c >> 4],
                 (uint8_t)hex[c & 15] }, 3 });
     }
+}
+
+/* The value of a hex digit, or -1. */
+static int hex_value(int c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f'
+        ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* Append s_raw with its percent-encoding undone (RFC 3986 section 2.1).
+ * False: a malformed one. */
+MUST_USE static bool percent_parse(struct bb *b, sl s_raw)
+{
+    while (s_raw.len) {
+        int hi = 0, lo = s_raw.p[0];
+        bool coded = lo == '%';
+        if (coded) {
+            hi = s_raw.len < 3 ? -1 : hex_value(s_raw.p[1]);
+            lo = hi < 0 ? -1 : hex_value(s_raw.p[2]);
+            if (hi < 0 || lo < 0)
+                return false;
+        }
+        bb_byte(b, (uint8_t)(hi << 4 | lo));
+        s_raw = sl_skip(s_raw, coded ? 3 : 1);
+    }
+    return true;
 }
 
 static bool ip4_parse(sl s_raw, uint8_t out[4])
@@ -1280,10 +1369,7 @@ static int32_t js_hex4(struct js *j)
 {
     int32_t v = 0;
     for (int k = 0; k < 4; k++) {
-        int c = js_peek(j);
-        int d = c >= '0' && c <= '9' ? c - '0'
-            : c >= 'a' && c <= 'f' ? c - 'a' + 10
-            : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int d = hex_value(js_peek(j));
         if (d < 0)
             return -1;
         v = v << 4 | d;
@@ -1598,6 +1684,33 @@ MUST_USE static int js_parse(uint8_t *text_raw, size_t len,
     }
     js_blank(&j);
     return j.pos == j.len ? 0 : -EV_JSON_SYNTAX;
+}
+
+/* Read a whole text that must be an array of two strings, decoded in
+ * place. */
+MUST_USE static bool js_pair(uint8_t *text_raw, size_t len, sl *a, sl *b)
+{
+    struct js j;
+    j.p = text_raw;
+    j.len = len;
+    j.pos = 0;
+    js_blank(&j);
+    if (!js_take(&j, '['))
+        return false;
+    js_blank(&j);
+    if (js_string(&j, a))
+        return false;
+    js_blank(&j);
+    if (!js_take(&j, ','))
+        return false;
+    js_blank(&j);
+    if (js_string(&j, b))
+        return false;
+    js_blank(&j);
+    if (!js_take(&j, ']'))
+        return false;
+    js_blank(&j);
+    return j.pos == j.len;
 }
 
 static void js_put_u(struct bb *b, uint32_t unit)
@@ -2353,6 +2466,98 @@ MUST_USE static int dns_parse(sl pkt_raw, uint16_t id, sl name, uint16_t type,
     return 1;
 }
 
+/* ==== 10 RESP ====================== PART I: PURE =====================
+ * Purpose  Redis' protocol, RESP2: one element of a reply at a time, and
+ *          commands.
+ * Trust    Redis is the operator's; what others stored in it is not.
+ * Limits   LIM_REDIS_LINE; the caller's cap on bulk strings.
+ */
+
+enum rsp_type { RSP_SIMPLE, RSP_ERROR, RSP_INT, RSP_BULK, RSP_NIL,
+    RSP_ARRAY };
+
+/* One element: text of the first two and of a bulk string, n of integers,
+ * of an array's count and a bulk string's length. */
+struct rsp { enum rsp_type type; int64_t n; sl text; };
+
+/* The line's number, `-` allowed. False: none, or beyond int64. */
+MUST_USE static bool rsp_int(sl s_raw, int64_t *out)
+{
+    bool negative = sl_starts(s_raw, SL("-"));
+    uint64_t v;
+    if (!sl_u64(sl_skip(s_raw, negative), INT64_MAX, &v))
+        return false;
+    *out = negative ? -(int64_t)v : (int64_t)v;
+    return true;
+}
+
+/* Take one element off the front of in_raw. A bulk string longer than cap
+ * yields its length only: text.p is NULL, n + 2 bytes of it follow. An
+ * array yields its count: that many elements follow.
+ * Returns >0 bytes consumed; out->text borrows from in_raw
+ *          0 not all here yet
+ *         <0 -EV_REDIS_PROTO */
+MUST_USE static int rsp_parse(sl in_raw, size_t cap, struct rsp *out)
+{
+    size_t end = sl_find(in_raw, '\n');
+    if (end == in_raw.len || end >= LIM_REDIS_LINE)
+        return in_raw.len <= LIM_REDIS_LINE ? 0 : -EV_REDIS_PROTO;
+    if (end < 2 || in_raw.p[end - 1] != '\r')
+        return -EV_REDIS_PROTO;
+    sl line = { in_raw.p + 1, end - 2 };
+    int used = (int)end + 1;
+    *out = (struct rsp){ .text = line };
+    switch (in_raw.p[0]) {
+    case '+':
+        out->type = RSP_SIMPLE;
+        return used;
+    case '-':
+        out->type = RSP_ERROR;
+        return used;
+    case ':':
+        out->type = RSP_INT;
+        return rsp_int(line, &out->n) ? used : -EV_REDIS_PROTO;
+    case '*':
+    case '$':
+        break;
+    default:
+        return -EV_REDIS_PROTO;
+    }
+    if (!rsp_int(line, &out->n) || out->n < -1 || out->n > INT32_MAX)
+        return -EV_REDIS_PROTO;
+    bool is_array = in_raw.p[0] == '*';
+    out->type = out->n < 0 ? RSP_NIL : is_array ? RSP_ARRAY : RSP_BULK;
+    out->text = (sl){ NULL, 0 };
+    if (out->type != RSP_BULK || (size_t)out->n > cap)
+        return used;
+    sl rest = sl_skip(in_raw, (size_t)used);
+    size_t len = (size_t)out->n;
+    if (rest.len < len + 2)
+        return 0;
+    if (rest.p[len] != '\r' || rest.p[len + 1] != '\n')
+        return -EV_REDIS_PROTO;
+    out->text = (sl){ rest.p, len };
+    return used + (int)len + 2;
+}
+
+/* Append the head of a command of cnt words. */
+static void rsp_put_head(struct bb *b, size_t cnt)
+{
+    bb_byte(b, '*');
+    bb_u64(b, cnt);
+    bb_str(b, "\r\n");
+}
+
+/* Append one word of a command. */
+static void rsp_put(struct bb *b, sl word)
+{
+    bb_byte(b, '$');
+    bb_u64(b, word.len);
+    bb_str(b, "\r\n");
+    bb_put(b, word);
+    bb_str(b, "\r\n");
+}
+
 /* ==== 11 JWT ======================= PART I: PURE =====================
  * Purpose  Names of rooms and identities; HS256 tokens (RFC 7515, 7519).
  * Trust    Inputs are checked by the callers: UTF-8, verified user.
@@ -2378,13 +2583,19 @@ MUST_USE static bool jwt_hash_name(const sl *part, size_t cnt,
     bb_byte(&b, ']');
     if (!bb_finish(&b, &text))
         return false;
-    br_sha256_context c;
-    br_sha256_init(&c);
-    br_sha256_update(&c, text.p, text.len);
-    br_sha256_out(&c, sum);
+    sha256(text, sum);
     struct bb o = { out, 0, HASH_NAME_LEN, false };
     b64_put(&o, b64_std, (sl){ sum, 32 });
     return !o.over;
+}
+
+/* Whether s_raw has the form of a name that jwt_hash_name makes. */
+static bool hash_name_check(sl s_raw)
+{
+    size_t i = 0;
+    while (i < s_raw.len && b64_value(s_raw.p[i], false) < 64)
+        i++;
+    return i == s_raw.len && i == HASH_NAME_LEN;
 }
 
 /* Append the compact JWS of payload under key. */
@@ -3357,18 +3568,26 @@ static void bb_http_date(struct bb *b, int64_t wall)
     bb_str(b, " GMT");
 }
 
+/* Append YYYY-MM-DDThh:mm:ss. */
+static void bb_date(struct bb *b, const struct civil *c)
+{
+    unsigned y = (unsigned)c->year;
+    bb_two(b, y / 100);
+    bb_two(b, y % 100);
+    bb_byte(b, '-');
+    bb_two(b, c->month);
+    bb_byte(b, '-');
+    bb_two(b, c->day);
+    bb_byte(b, 'T');
+    bb_clock(b, c);
+}
+
 /* Append an RFC 3339 UTC time with milliseconds. */
 static void bb_rfc3339(struct bb *b, int64_t wall_ms)
 {
     struct civil c = civil_from(wall_ms / 1000);
     unsigned ms = (unsigned)(wall_ms % 1000);
-    bb_u64(b, (uint64_t)c.year);
-    bb_byte(b, '-');
-    bb_two(b, c.month);
-    bb_byte(b, '-');
-    bb_two(b, c.day);
-    bb_byte(b, 'T');
-    bb_clock(b, &c);
+    bb_date(b, &c);
     bb_byte(b, '.');
     bb_byte(b, (uint8_t)('0' + ms / 100));
     bb_two(b, ms % 100);
@@ -3440,6 +3659,324 @@ static int64_t cache_seconds(sl cache_control, sl expires, int64_t now_wall,
     return http_date_parse(expires, &at) ? at - now_wall : 0;
 }
 
+/* Digits [at, at + n) of s_raw as a number in [min, max]. */
+MUST_USE static bool digits_at(sl s_raw, size_t at, size_t n, uint64_t min,
+    uint64_t max, uint64_t *out)
+{
+    return at + n <= s_raw.len && sl_u64((sl){ s_raw.p + at, n }, max, out)
+        && *out >= min;
+}
+
+/* Parse an RFC 3339 time (section 5.6) into unix seconds and nanoseconds.
+ * `T` and `Z` are upper case; digits of the fraction beyond 9 are dropped;
+ * a day must be in its month; a leap second counts as the next second. */
+MUST_USE static bool rfc3339_parse(sl s_raw, int64_t *sec, uint32_t *ns)
+{
+    static const uint8_t days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31,
+        30, 31 };
+    uint64_t y, mon, d, h, min, s, oh = 0, om = 0;
+    uint32_t scale = 100000000;
+    if (!digits_at(s_raw, 0, 4, 0, 9999, &y)
+        || !digits_at(s_raw, 5, 2, 1, 12, &mon)
+        || !digits_at(s_raw, 8, 2, 1, days[mon - 1], &d)
+        || !digits_at(s_raw, 11, 2, 0, 23, &h)
+        || !digits_at(s_raw, 14, 2, 0, 59, &min)
+        || !digits_at(s_raw, 17, 2, 0, 60, &s))
+        return false;
+    bool leap = (y % 4 == 0 && y % 100 != 0) || y % 400 == 0;
+    if (s_raw.p[4] != '-' || s_raw.p[7] != '-' || s_raw.p[10] != 'T'
+        || s_raw.p[13] != ':' || s_raw.p[16] != ':'
+        || (mon == 2 && d == 29 && !leap))
+        return false;
+    sl rest = sl_skip(s_raw, 19);
+    *ns = 0;
+    if (sl_starts(rest, SL("."))) {
+        size_t n = 1;
+        for (; n < rest.len && rest.p[n] >= '0' && rest.p[n] <= '9'; n++) {
+            *ns += scale * (uint32_t)(rest.p[n] - '0');
+            scale /= 10;
+        }
+        if (n == 1)
+            return false;
+        rest = sl_skip(rest, n);
+    }
+    bool west = sl_starts(rest, SL("-"));
+    if (!sl_eq(rest, SL("Z"))
+        && (rest.len != 6 || !(west || rest.p[0] == '+') || rest.p[3] != ':'
+            || !digits_at(rest, 1, 2, 0, 23, &oh)
+            || !digits_at(rest, 4, 2, 0, 59, &om)))
+        return false;
+    int64_t offset = (int64_t)(oh * 3600 + om * 60);
+    *sec = days_from_civil((int64_t)y, (unsigned)mon, (unsigned)d) * 86400
+        + (int64_t)(h * 3600 + min * 60 + s) + (west ? offset : -offset);
+    return true;
+}
+
+/* A delegated leave as it is stored (PROTOCOL section 12): field and value
+ * of the hash lk-jwt:jobs. The last three are ours: readers that do not
+ * know them pass over them. */
+struct record {
+    sl delay_id, server, alias, identity;
+    int64_t timeout_ms;              /* 0 or less: expired */
+    int64_t restarted_s;             /* unix time */
+    uint32_t restarted_ns;
+    sl identity2, sid;
+    bool is_connected;
+};
+
+/* Append the field: the key of a job as canonical JSON. */
+static void rec_put_field(struct bb *b, sl alias, sl identity)
+{
+    bb_byte(b, '[');
+    js_put_str(b, alias, false);
+    bb_byte(b, ',');
+    js_put_str(b, identity, false);
+    bb_byte(b, ']');
+}
+
+/* Append the value, bytes and order as lk-jwt-service writes them. */
+static void rec_put(struct bb *b, const struct record *r)
+{
+    struct { const char *name; sl value; } part[] = {
+        { "{\"Params\":{\"DelayId\":", r->delay_id },
+        { ",\"ServerName\":", r->server },
+        { ",\"LiveKitRoom\":", r->alias },
+        { ",\"LiveKitIdentity\":", r->identity },
+        { ",\"LiveKitIdentity2\":", r->identity2 },
+        { ",\"Sid\":", r->sid } };
+    struct civil c = civil_from(r->restarted_s);
+    uint32_t ns = r->restarted_ns;
+    for (size_t i = 0; i < COUNT_OF(part); i++) {
+        if (i >= 4 && part[i].value.len == 0)
+            continue;
+        bb_str(b, part[i].name);
+        js_put_str(b, part[i].value, false);
+        if (i == 0) {
+            bb_str(b, ",\"DelayTimeout\":");
+            bb_i64(b, r->timeout_ms * 1000000);
+        }
+    }
+    bb_str(b, r->is_connected ? ",\"Connected\":true" : "");
+    bb_str(b, "},\"RestartedAt\":\"");
+    bb_date(b, &c);
+    bb_str(b, ns ? "." : "");
+    for (uint32_t div = 100000000; ns; ns %= div, div /= 10)
+        bb_byte(b, (uint8_t)('0' + ns / div));
+    bb_str(b, "Z\"}");
+}
+
+/* Read a stored job. It is judged as if a client had sent it (T25): field
+ * and Params agree, room, ids and times are well-formed.
+ * Trust    both are unchecked; they are decoded in place.
+ * Returns  NULL, or what is wrong with it. */
+MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
+    uint8_t *value_raw, size_t value_len, struct record *r)
+{
+    struct raw { sl delay_id, server, alias, identity, identity2, sid, at;
+        struct js_int timeout; bool connected; } v = { .connected = false };
+#define AT(member) offsetof(struct raw, member)
+    static const struct js_field param_field[] = {
+        { "DelayId", JS_STRING, AT(delay_id), NULL },
+        { "DelayTimeout", JS_INT, AT(timeout), NULL },
+        { "ServerName", JS_STRING, AT(server), NULL },
+        { "LiveKitRoom", JS_STRING, AT(alias), NULL },
+        { "LiveKitIdentity", JS_STRING, AT(identity), NULL },
+        { "LiveKitIdentity2", JS_STRING, AT(identity2), NULL },
+        { "Sid", JS_STRING, AT(sid), NULL },
+        { "Connected", JS_FLAG, AT(connected), NULL } };
+    static const struct js_table param = { param_field,
+        COUNT_OF(param_field), false, false };
+    static const struct js_field field[] = {
+        { "Params", JS_OBJECT, 0, &param },
+        { "RestartedAt", JS_STRING, AT(at), NULL } };
+    static const struct js_table tab = { field, COUNT_OF(field), false,
+        false };
+#undef AT
+    sl alias, identity;
+    struct name n;
+    if (js_parse(value_raw, value_len, &tab, &v))
+        return "value is not the JSON object expected";
+    if (!js_pair(field_raw, field_len, &alias, &identity))
+        return "field is no JSON array of two strings";
+    if (!sl_eq(alias, v.alias) || !sl_eq(identity, v.identity))
+        return "field and value differ";
+    if (!hash_name_check(alias))
+        return "LiveKitRoom";
+    if (identity.len == 0 || identity.len > LIM_JOB_ID_LEN
+        || v.identity2.len > LIM_JOB_ID_LEN)
+        return "LiveKitIdentity";
+    if (!delay_id_check(v.delay_id))
+        return "DelayId";
+    if (!v.timeout.is_set || v.timeout.over)
+        return "DelayTimeout";
+    if (v.server.len > LIM_NAME_LEN || !name_parse(v.server, &n))
+        return "ServerName";
+    if (v.sid.len > LIM_SID_LEN)
+        return "Sid";
+    if (!rfc3339_parse(v.at, &r->restarted_s, &r->restarted_ns))
+        return "RestartedAt";
+    r->delay_id = v.delay_id;
+    r->server = v.server;
+    r->alias = alias;
+    r->identity = identity;
+    r->identity2 = v.identity2;
+    r->sid = v.sid;
+    r->is_connected = v.connected;
+    int64_t t = v.timeout.v <= 0 ? 0 : v.timeout.v / 1000000;
+    r->timeout_ms = v.timeout.v <= 0 ? 0 : t < LIM_DELAY_MIN_MS
+        ? LIM_DELAY_MIN_MS : t > LIM_DELAY_MAX_MS ? LIM_DELAY_MAX_MS : t;
+    return NULL;
+}
+
+/* Parse whole seconds, or numbers with units as Go writes them (500ms,
+ * 1m30s), into milliseconds, at most an hour. */
+MUST_USE static bool cf_duration(sl s_raw, int64_t *ms)
+{
+    static const struct { const char *unit; int64_t us; } unit_tab[] = {
+        { "ns", 0 }, { "us", 1 }, { "ms", 1000 }, { "s", 1000000 },
+        { "m", 60000000 }, { "h", 3600000000 } };
+    uint64_t v;
+    int64_t us = 0;
+    if (sl_u64(s_raw, 3600, &v)) {
+        *ms = (int64_t)v * 1000;
+        return true;
+    }
+    while (s_raw.len) {
+        size_t n = 0, u = 0, k;
+        while (n < s_raw.len && s_raw.p[n] >= '0' && s_raw.p[n] <= '9')
+            n++;
+        while (n + u < s_raw.len && s_raw.p[n + u] >= 'a')
+            u++;
+        for (k = 0; k < COUNT_OF(unit_tab); k++)
+            if (sl_eq((sl){ s_raw.p + n, u }, sl_str(unit_tab[k].unit)))
+                break;
+        if (k == COUNT_OF(unit_tab)
+            || !sl_u64((sl){ s_raw.p, n }, 3600000000, &v))
+            return false;
+        us += v > 3600 && unit_tab[k].us >= 1000000 ? 3600000001
+            : (int64_t)v * unit_tab[k].us;
+        if (us > 3600000000)
+            return false;
+        s_raw = sl_skip(s_raw, n + u);
+    }
+    *ms = us / 1000;
+    return true;
+}
+
+/* Use one key=value of a Redis URL's query. Returns NULL, or the fault. */
+MUST_USE static const char *cf_redis_option(sl key, sl value,
+    struct redis_url *out)
+{
+    static const char *const ignored[] = { "protocol", "max_retries",
+        "min_retry_backoff", "max_retry_backoff", "pool_fifo", "pool_size",
+        "pool_timeout", "min_idle_conns", "max_idle_conns",
+        "max_active_conns", "max_concurrent_dials", "conn_max_idle_time",
+        "idle_timeout", "conn_max_lifetime", "max_conn_age",
+        "conn_max_lifetime_jitter" };
+    struct { const char *name; int64_t *to; } time_tab[] = {
+        { "dial_timeout", &out->dial_ms }, { "read_timeout", &out->read_ms },
+        { "write_timeout", &out->write_ms } };
+    uint64_t n;
+    for (size_t i = 0; i < COUNT_OF(ignored); i++)
+        if (sl_eq(key, sl_str(ignored[i])))
+            return NULL;
+    for (size_t i = 0; i < COUNT_OF(time_tab); i++)
+        if (sl_eq(key, sl_str(time_tab[i].name))) {
+            int64_t ms;
+            if (!cf_duration(value, &ms))
+                return "time-outs must be seconds or like 500ms, 1m30s";
+            if (ms > 0)
+                *time_tab[i].to = ms;
+            return NULL;
+        }
+    if (sl_eq(key, SL("client_name"))) {
+        out->client_name = value;
+    } else if (sl_eq(key, SL("db"))) {
+        if (!sl_u64(value, UINT16_MAX, &n))
+            return "db must be a number";
+        out->db = (uint16_t)n;
+    } else if (sl_eq(key, SL("skip_verify")) && out->is_tls) {
+        out->skip_verify = sl_eq(value, SL("true")) || sl_eq(value, SL("1"));
+        if (!out->skip_verify && !sl_eq(value, SL("false"))
+            && !sl_eq(value, SL("0")))
+            return "skip_verify must be true or false";
+    } else {
+        return "unknown query key";
+    }
+    return NULL;
+}
+
+/* Split a Redis URL (PROTOCOL section 12). text keeps what had to be
+ * decoded; *out borrows from both. Returns NULL, or the fault. */
+MUST_USE static const char *cf_redis_url(sl s_raw, struct bb *text,
+    struct redis_url *out)
+{
+    static const char *const scheme[] = { "redis://", "rediss://",
+        "unix://" };
+    size_t k = 0, cut;
+    struct name n;
+    uint64_t db;
+    *out = (struct redis_url){ .port = 6379, .host = SL("localhost"),
+        .dial_ms = LIM_REDIS_DIAL_MS, .read_ms = LIM_REDIS_READ_MS,
+        .write_ms = LIM_REDIS_READ_MS };
+    while (k < 3 && !sl_starts(s_raw, sl_str(scheme[k])))
+        k++;
+    if (k == 3)
+        return "must begin with redis://, rediss:// or unix://";
+    out->is_tls = k == 1;
+    out->is_unix = k == 2;
+    s_raw = sl_skip(s_raw, strlen(scheme[k]));
+    cut = sl_find(s_raw, '?');
+    sl query = sl_skip(s_raw, cut + 1);
+    s_raw.len = cut;
+    sl path = sl_skip(s_raw, sl_find(s_raw, '/'));
+    sl host = { s_raw.p, s_raw.len - path.len };
+    for (cut = host.len; cut > 0 && host.p[cut - 1] != '@'; )
+        cut--;
+    if (cut > 0) {
+        sl who = { host.p, cut - 1 };
+        size_t colon = sl_find(who, ':'), from = text->len;
+        if (!percent_parse(text, (sl){ who.p, colon }))
+            return "malformed percent-encoding";
+        out->user = (sl){ text->p + from, text->len - from };
+        from = text->len;
+        if (!percent_parse(text, sl_skip(who, colon + 1)))
+            return "malformed percent-encoding";
+        out->sec_password = (sl){ text->p + from, text->len - from };
+        host = sl_skip(host, cut);
+    }
+    if (out->is_unix) {
+        if (host.len || path.len < 2)
+            return "unix:// needs the socket's absolute path";
+        out->path = path;
+    } else if (path.len > 1 && !sl_u64(sl_skip(path, 1), UINT16_MAX, &db)) {
+        return "the path must be a database number";
+    } else if (path.len > 1) {
+        out->db = (uint16_t)db;
+    }
+    if (sl_starts(host, SL(":"))) {
+        if (!digits_at(host, 1, host.len - 1, 1, 65535, &db))
+            return "malformed port";
+        out->port = (uint16_t)db;
+    } else if (host.len) {
+        if (!host_parse(host, true, &n))
+            return "malformed host or port";
+        out->host = n.host;
+        out->port = n.port ? n.port : 6379;
+    }
+    sl pair;
+    while (sl_word(&query, "&", &pair)) {
+        size_t eq = sl_find(pair, '='), from = text->len;
+        if (!percent_parse(text, sl_skip(pair, eq + 1)))
+            return "malformed percent-encoding";
+        const char *fault = cf_redis_option((sl){ pair.p, eq },
+            (sl){ text->p + from, text->len - from }, out);
+        if (fault)
+            return fault;
+    }
+    return text->over ? "too long" : NULL;
+}
+
 /* Append s as a log value: controls, quote, backslash, DEL and bad UTF-8
  * escaped, cut at 256 bytes. `json` uses JSON's escapes. */
 static void log_put_value(struct bb *b, sl s, bool json)
@@ -3504,7 +4041,7 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
 #define TARGET_TAB(X) \
     X(WELL_KNOWN, "well_known") X(USERINFO, "userinfo") X(SFU, "sfu") \
     X(CLIENT_API, "client_api") X(DELAYED_EVENT, "delayed_event") \
-    X(DNS, "dns")
+    X(DNS, "dns") X(REDIS, "redis")
 #define GAUGE_TAB(X) \
     X(CONNECTIONS, "lkjwt_connections", "Client connections open.") \
     X(EXCHANGES, "lkjwt_exchanges", "Token requests in progress.") \
@@ -3516,6 +4053,12 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(JOBS, "lkjwt_delayed_leaves", "Delegated leaves held.") \
     X(CONNECTED, "lkjwt_delayed_leaves_connected", \
       "Of them, participants connected.") \
+    X(REDIS, "lkjwt_redis_up", "1 while Redis answers.") \
+    X(UNSAVED, "lkjwt_redis_unsaved", \
+      "Delegated leaves whose record is not yet written or deleted.") \
+    X(REPLICAS, "lkjwt_replicas", "Replicas that share the Redis.") \
+    X(SHARDS, "lkjwt_shards", \
+      "Of 64 shards of the delegated leaves, held here.") \
     X(ANCHORS, "lkjwt_trust_anchors", "Trust anchors loaded.") \
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
@@ -3769,6 +4312,7 @@ static void io_random(void *p, size_t len);
 static void io_usage(int64_t *cpu_us, int64_t *resident);
 static int io_accept(int listener);              /* fd */
 static int io_connect(const struct addr *a, const struct trust *t, bool udp);
+static int io_connect_unix(sl path);
 static int io_connected(int fd);                 /* 0, or why not */
 static ssize_t io_read(int fd, uint8_t *p, size_t len);
 static ssize_t io_write(int fd, sl s);
@@ -3783,6 +4327,9 @@ static const struct resolv *io_resolv(void);
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline);
 static void loop_wake(enum kind kind, size_t idx);
+
+/* Set by SIGTERM: 1 lame duck, 2 draining. */
+static int srv_stopping;
 
 struct log_kv { const char *key; sl value; };
 #define KV(key, ...) { (key), __VA_ARGS__ }
@@ -3892,6 +4439,14 @@ static sl text_addr(uint8_t buf[64], const struct addr *a)
     struct bb b = { buf, 0, 64, false };
     bb_ip(&b, &a->ip, a->port);
     return (sl){ buf, b.len };
+}
+
+/* A random number in [lo, hi]. */
+static int64_t random_between(int64_t lo, int64_t hi)
+{
+    uint64_t dice;
+    io_random(&dice, sizeof dice);
+    return lo + (int64_t)(dice % (uint64_t)(hi - lo + 1));
 }
 
 enum query_state { Q_FREE, Q_UDP, Q_TCP_DIAL, Q_TCP_RECV };
@@ -4780,6 +5335,9 @@ static struct session *session_slot(const uint8_t key[16])
     return best;
 }
 
+/* How a connection is secured. */
+enum tls_mode { TLS_OFF, TLS_VERIFIED, TLS_UNVERIFIED };
+
 /* A connection to a peer, in use by one call or kept idle.
  * owner:    chan_pool; only chan_close() closes fd
  * lifetime: chan_open to chan_close */
@@ -4819,12 +5377,11 @@ static bool net_allowed(const struct addr *a, const struct trust *t)
 }
 
 /* The key under which a connection and its session may be used again. */
-static void chan_key(sl host, uint16_t port, sl cert_name, bool is_tls,
-    uint8_t out[16])
+static void chan_key(sl host, uint16_t port, sl cert_name,
+    enum tls_mode tls, uint8_t out[16])
 {
     uint8_t sum[32];
-    uint8_t tail[3] = { (uint8_t)(port >> 8), (uint8_t)port,
-        (uint8_t)(is_tls ? cfg.insecure ? 2 : 1 : 0) };
+    uint8_t tail[3] = { (uint8_t)(port >> 8), (uint8_t)port, (uint8_t)tls };
     sl part[] = { { sec_boot, 32 }, host, cert_name, { tail, 3 } };
     hash_parts(part, COUNT_OF(part), sum);
     memcpy(out, sum, 16);
@@ -4967,7 +5524,7 @@ static struct hs *hs_take(enum class class, const uint8_t key[16])
 }
 
 /* The profile of SECURITY section 5. */
-static void tls_profile(br_ssl_client_context *cc)
+static void tls_profile(br_ssl_client_context *cc, bool is_http)
 {
     static const uint16_t suite[] = {
         BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
@@ -4992,7 +5549,7 @@ static void tls_profile(br_ssl_client_context *cc)
     br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
     br_ssl_engine_set_default_aes_gcm(eng);
     br_ssl_engine_set_default_chapol(eng);
-    br_ssl_engine_set_protocol_names(eng, alpn, 1);
+    br_ssl_engine_set_protocol_names(eng, alpn, is_http);
     br_ssl_engine_add_flags(eng, BR_OPT_NO_RENEGOTIATION);
 }
 
@@ -5000,7 +5557,7 @@ static void tls_profile(br_ssl_client_context *cc)
  * h was taken by hs_take and belongs to the channel from here on; the
  * peer's host must outlive the handshake. */
 MUST_USE static bool chan_start_tls(struct chan *ch, struct hs *h,
-    const struct name *peer)
+    const struct name *peer, enum tls_mode mode, bool is_http)
 {
     size_t idx = (size_t)(ch - chan_pool);
     br_ssl_client_context *cc = &chan_tls[idx];
@@ -5013,10 +5570,10 @@ MUST_USE static bool chan_start_tls(struct chan *ch, struct hs *h,
     ch->hs = h;
     h->vtable = &hs_class;
     h->why = EV_NONE;
-    h->is_insecure = cfg.insecure;
+    h->is_insecure = mode == TLS_UNVERIFIED;
     h->is_verified = h->bad = false;
     h->peer = *peer;
-    tls_profile(cc);
+    tls_profile(cc, is_http);
     br_ssl_engine_set_x509(&cc->eng, &h->vtable);
     br_ssl_engine_set_buffer(&cc->eng, chan_io[idx], BR_SSL_BUFSIZE_MONO, 0);
     io_random(seed, sizeof seed);
@@ -5128,6 +5685,29 @@ MUST_USE static bool chan_put(struct chan *ch, sl request)
     br_ssl_engine_sendapp_ack(eng, request.len);
     br_ssl_engine_flush(eng, 0);
     return true;
+}
+
+/* Send what the connection takes of s now.
+ * Returns bytes taken, -EAGAIN, -ECONNRESET. */
+MUST_USE static ssize_t chan_write(struct chan *ch, sl s)
+{
+    size_t len;
+    if (!ch->is_tls) {
+        ssize_t n = io_write(ch->fd, s);
+        return n >= 0 || n == -EAGAIN ? n : -ECONNRESET;
+    }
+    br_ssl_engine_context *eng = &chan_tls[ch - chan_pool].eng;
+    uint8_t *p = br_ssl_engine_sendapp_buf(eng, &len);
+    if (p) {
+        len = s.len < len ? s.len : len;
+        memcpy(p, s.p, len);
+        br_ssl_engine_sendapp_ack(eng, len);
+        br_ssl_engine_flush(eng, 0);
+    }
+    int err = tls_pump(ch, 0);
+    if (err == -ECONNRESET)
+        return err;
+    return p ? (ssize_t)len : -EAGAIN;
 }
 
 /* Push pending bytes out. Returns 0 all gone, -EAGAIN, -ECONNRESET. */
@@ -5283,7 +5863,9 @@ struct up_call {
     size_t reply_cap;
     size_t tries;            /* addresses that may be dialled; 0: all */
     int64_t end;             /* deadline of the call, absolute */
-    void (*build)(uint16_t owner_idx, struct bb *b);    /* the request */
+    /* the request; NULL: no HTTP, the owner takes over the connection */
+    void (*build)(uint16_t owner_idx, struct bb *b);
+    bool skip_verify;        /* without HTTP: accept any certificate */
 };
 
 /* One call in progress.
@@ -5294,6 +5876,7 @@ struct up {
     struct up_call call;
     uint8_t host[LIM_HOST_LEN + 2], cert[LIM_HOST_LEN + 2];
     struct name peer;
+    enum tls_mode tls;
     uint8_t key[16];
     enum event why;
     const char *step;        /* where it failed: address connect tls http */
@@ -5451,7 +6034,7 @@ static void up_send(struct up *u, int64_t now);
 /* Begin, on a kept connection when there is one. */
 static void up_begin(struct up *u, int64_t now)
 {
-    struct chan *kept = u->is_retried ? NULL
+    struct chan *kept = u->is_retried || !u->call.build ? NULL
         : chan_reuse(u->key, &u->call.trust);
     u->head = (struct h1_head){ 0 };
     u->head_len = u->in_len = 0;
@@ -5496,8 +6079,10 @@ static struct up *up_open(const struct up_call *call, size_t from, size_t to,
         u->try_fd[k] = -1;
     if (!host_parse(u->call.cert_name, true, &u->peer))
         u->peer = (struct name){ .host = u->call.cert_name };
-    chan_key(u->call.host, call->port, u->call.cert_name, call->is_tls,
-        u->key);
+    u->tls = !call->is_tls ? TLS_OFF
+        : (call->build ? cfg.insecure : call->skip_verify) ? TLS_UNVERIFIED
+        : TLS_VERIFIED;
+    chan_key(u->call.host, call->port, u->call.cert_name, u->tls, u->key);
     u->begin_us = io_now_us();
     u->number = ++up_number;
     met.gauge[GA_UPSTREAM]++;
@@ -5638,7 +6223,8 @@ static void up_step_tls_slot(struct up *u, int64_t now)
     }
     u->state = UP_TLS;
     u->stage_end = now + LIM_TLS_MS;
-    if (!chan_start_tls(u->chan, h, &u->peer)) {
+    if (!chan_start_tls(u->chan, h, &u->peer, u->tls,
+                        u->call.build != NULL)) {
         up_fail(u, EV_TLS_FAILED, "tls", 0);
         return;
     }
@@ -5705,6 +6291,10 @@ static void up_send(struct up *u, int64_t now)
 {
     struct bb b = BB(scratch);
     sl text;
+    if (!u->call.build) {
+        up_end(u, UP_DONE);
+        return;
+    }
     u->state = UP_SEND;
     u->stage_end = now + LIM_REPLY_MS;
     u->call.build(u->call.owner_idx, &b);
@@ -6943,6 +7533,521 @@ static enum presence lk_presence(struct up *u, sl *sid)
     return p.state == 3 ? ABSENT : PRESENT;     /* 3: disconnected */
 }
 
+/* ==== 20 REDIS ===================== PART II: MACHINES ================
+ * Purpose  Connections to Redis: dial, log in, send commands, hand their
+ *          replies out in order; again after every failure.
+ * Trust    The operator's server; what it replies is judged by section 10
+ *          and by whoever asked.
+ * Limits   LIM_REDIS_*; the URL's time-outs.
+ * INV-D1   Each command sent has one entry in pending; its op is told once:
+ *          the reply, or NULL when the connection was lost before.
+ *
+ * row state     waits for         limit           success  failure, timeout
+ * D1  RD_OFF    rds_start         -               D3       -
+ * D2  RD_PAUSE  0.1 s .. 5 s      -               D3       -
+ * D3  RD_DIAL   a call (17)       dial_timeout    D4       D2
+ * D4  RD_HELLO  AUTH SELECT PING  read_timeout    D5       D2
+ * D5  RD_UP     replies           read_timeout a  -        D2
+ *               reply, write_timeout for what is not taken
+ */
+enum { RDS_MAIN, RDS_STREAM };
+enum rds_state { RD_OFF, RD_PAUSE, RD_DIAL, RD_HELLO, RD_UP };
+
+/* What becomes of a reply. item is told of each element below the top;
+ * path[d] is the element's place in the array at depth d, 0 the top's.
+ * done gets the top element, NULL if the connection was lost. */
+struct rds_op {
+    const char *command;
+    int64_t factor, extra_ms;        /* of read_timeout: times, plus */
+    size_t bulk_cap;                 /* longest bulk string taken; 0: short */
+    void (*item)(const struct rsp *e, const unsigned *path, unsigned depth,
+        int64_t now);
+    void (*done)(uint16_t idx, const struct rsp *e, int64_t now);
+};
+
+/* One connection.
+ * owner:    rds_pool, for ever
+ * lifetime: of chan: RD_HELLO to rds_fail */
+static struct rds {
+    enum rds_state state;
+    bool is_told;                    /* REDIS_DOWN was logged */
+    bool is_garbled, is_stuck;       /* stuck: no buffer for a long string */
+    uint32_t serial;                 /* grows with each RD_UP */
+    struct up *up;
+    struct chan *chan;
+    const char *fault;               /* set by an op: give up */
+    int64_t end, write_end, down_at;
+    int32_t wait_ms;
+    size_t in_len, out_off, out_len;
+    struct { const struct rds_op *op; uint16_t idx; }
+        pending[LIM_REDIS_OPS];
+    size_t head, cnt;
+    struct rsp top;                  /* of the reply being read */
+    unsigned depth, path[LIM_REDIS_DEPTH], elements;
+    int64_t left[LIM_REDIS_DEPTH];   /* elements to come, by depth */
+    uint8_t big;                     /* a long bulk string, see big_take */
+    size_t bulk_len, bulk_got;       /* of it, with CR LF */
+} rds_pool[LIM_REDIS_CNT];
+static uint8_t rds_in[LIM_REDIS_CNT][LIM_REDIS_IN];
+static uint8_t rds_out_main[LIM_REDIS_OUT], rds_out_stream[1024];
+static const char *rds_last_fault = "";     /* for the command line */
+
+static size_t rds_idx(const struct rds *r)
+{
+    return (size_t)(r - rds_pool);
+}
+
+static bool rds_is_up(size_t which)
+{
+    return rds_pool[which].state == RD_UP;
+}
+
+/* The space of commands not yet sent. */
+static struct bb rds_out(const struct rds *r)
+{
+    return rds_idx(r) == RDS_MAIN
+        ? (struct bb){ rds_out_main, r->out_len, sizeof rds_out_main, false }
+        : (struct bb){ rds_out_stream, r->out_len, sizeof rds_out_stream,
+                       false };
+}
+
+static void rds_watch(const struct rds *r)
+{
+    int want = POLLIN;
+    int64_t end = r->end;
+    bool idle = r->state == RD_OFF || (r->state == RD_UP && r->cnt == 0);
+    if (!r->chan) {
+        loop_set(KIND_REDIS, rds_idx(r), -1, 0, idle ? INT64_MAX : end);
+        return;
+    }
+    bool has_out = r->chan->is_tls ? (br_ssl_engine_current_state(
+        &chan_tls[r->chan - chan_pool].eng) & BR_SSL_SENDREC) != 0
+        : r->out_off < r->out_len;
+    if (has_out)
+        want |= POLLOUT;
+    if (r->out_off < r->out_len && r->write_end < end)
+        end = r->write_end;
+    if (r->is_stuck) {                   /* no buffer: soon again */
+        want &= ~POLLIN;
+        end = io_now() + 50;
+    }
+    loop_set(KIND_REDIS, rds_idx(r), r->chan->fd, want,
+        idle ? INT64_MAX : end);
+}
+
+/* The connection is of no use: tell all who wait, try again later. */
+static void rds_fail(struct rds *r, enum event why, const char *step,
+    const char *reason, int64_t now)
+{
+    static const int32_t first_ms = 100;
+    uint8_t addr[64];
+    bool has_addr = r->up && r->up->has_addr;
+    struct addr a = r->chan ? r->chan->addr : has_addr ? r->up->addr
+        : (struct addr){ .port = 0 };
+    rds_last_fault = reason;
+    if (why != EV_REDIS_DOWN)
+        LOG(why, KV("reason", sl_str(reason)));
+    if (!r->is_told)
+        LOG(EV_REDIS_DOWN, KV("connection", rds_idx(r) == RDS_MAIN
+                ? SL("commands") : SL("stream")),
+            KV("step", sl_str(step)), KV("reason", sl_str(reason)),
+            KV("addr", a.port ? text_addr(addr, &a) : (sl){ NULL, 0 }));
+    r->is_told = true;
+    if (r->up)
+        up_close(r->up, now);
+    if (r->chan) {
+        loop_set(KIND_REDIS, rds_idx(r), -1, 0, INT64_MAX);
+        chan_close(r->chan);
+    }
+    if (r->state == RD_UP)
+        r->down_at = now;
+    if (r->state == RD_UP || r->wait_ms == 0)
+        r->wait_ms = first_ms;
+    big_free(&r->big);
+    r->up = NULL;
+    r->chan = NULL;
+    r->fault = NULL;
+    r->is_garbled = r->is_stuck = false;
+    r->in_len = r->out_off = r->out_len = r->bulk_len = r->bulk_got = 0;
+    r->depth = r->elements = 0;
+    r->state = RD_PAUSE;
+    r->end = now + r->wait_ms / 2
+        + random_between(0, r->wait_ms);
+    r->wait_ms = r->wait_ms * 2 > LIM_REDIS_PAUSE_MS ? LIM_REDIS_PAUSE_MS
+        : r->wait_ms * 2;
+    if (rds_idx(r) == RDS_MAIN)
+        met.gauge[GA_REDIS] = 0;
+    for (size_t n = r->cnt; n > 0; n--) {
+        const struct rds_op *op = r->pending[r->head].op;
+        uint16_t idx = r->pending[r->head].idx;
+        r->head = (r->head + 1) % LIM_REDIS_OPS;
+        r->cnt--;
+        op->done(idx, NULL, now);
+    }
+    rds_watch(r);
+    loop_wake(KIND_REPLICA, 0);
+}
+
+/* Space for another command of `len` bytes and `ops` replies? */
+static bool rds_has_room(size_t which, size_t len, size_t ops)
+{
+    struct rds *r = &rds_pool[which];
+    struct bb b = rds_out(r);
+    if (r->chan == NULL || r->cnt + ops > LIM_REDIS_OPS)
+        return false;
+    if (r->out_off && len > b.cap - b.len) {
+        memmove(b.p, b.p + r->out_off, r->out_len - r->out_off);
+        r->out_len -= r->out_off;
+        r->out_off = 0;
+    }
+    return len <= b.cap - r->out_len;
+}
+
+/* When the reply that is due next must be here. */
+static void rds_set_end(struct rds *r, int64_t now)
+{
+    const struct rds_op *op = r->pending[r->head].op;
+    if (r->cnt)
+        r->end = now + cfg.redis.read_ms * op->factor + op->extra_ms;
+}
+
+/* A command is written in b, which rds_out gave: send it, await its reply. */
+static void rds_commit(size_t which, const struct bb *b,
+    const struct rds_op *op, uint16_t idx, int64_t now)
+{
+    struct rds *r = &rds_pool[which];
+    must(!b->over && r->cnt < LIM_REDIS_OPS);
+    if (r->out_off == r->out_len)
+        r->write_end = now + cfg.redis.write_ms;
+    r->out_len = b->len;
+    size_t at = (r->head + r->cnt++) % LIM_REDIS_OPS;
+    r->pending[at].op = op;
+    r->pending[at].idx = idx;
+    if (r->cnt == 1)
+        rds_set_end(r, now);
+    loop_wake(KIND_REDIS, which);
+}
+
+/* Send a command of short words; room was asked for. */
+static void rds_send(size_t which, const struct rds_op *op, uint16_t idx,
+    const sl *word, size_t cnt, int64_t now)
+{
+    struct bb b = rds_out(&rds_pool[which]);
+    rsp_put_head(&b, cnt);
+    for (size_t i = 0; i < cnt; i++)
+        rsp_put(&b, word[i]);
+    rds_commit(which, &b, op, idx, now);
+}
+
+/* The first word of an error, if it is one of Redis' own. */
+static sl rds_code(const struct rsp *e)
+{
+    size_t n = 0;
+    while (n < e->text.len && e->text.p[n] >= 'A' && e->text.p[n] <= 'Z')
+        n++;
+    return (sl){ e->text.p, n < 20 ? n : 0 };
+}
+
+static void rds_log_refused(const char *command, const struct rsp *e)
+{
+    LOG(EV_REDIS_REFUSED, KV("command", sl_str(command)),
+        KV("code", e->type == RSP_ERROR ? rds_code(e) : SL("unexpected")));
+}
+
+/* ---- log in ---- */
+
+static void rds_done_ignored(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    (void)idx;
+    (void)e;
+    (void)now;
+}
+
+/* AUTH, SELECT and PING must be taken. */
+static void rds_done_hello(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    struct rds *r = &rds_pool[idx];
+    const struct rds_op *op = r->pending[r->head].op;
+    (void)now;
+    if (!e || r->fault)
+        return;
+    if (e->type != RSP_SIMPLE) {
+        rds_log_refused(op->command, e);
+        r->fault = "log-in refused";
+    }
+}
+
+static void rds_done_ping(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    struct rds *r = &rds_pool[idx];
+    uint8_t addr[64];
+    rds_done_hello(idx, e, now);
+    if (!e || r->fault)
+        return;
+    r->state = RD_UP;
+    r->serial++;
+    r->is_told = false;
+    r->wait_ms = 0;
+    if (idx == RDS_MAIN) {
+        met.gauge[GA_REDIS] = 1;
+        LOG(EV_REDIS_UP, KV("addr", r->chan->addr.port
+            ? text_addr(addr, &r->chan->addr) : cfg.redis.path));
+    }
+    loop_wake(KIND_REPLICA, 0);
+}
+
+static const struct rds_op
+    rds_op_auth = { "AUTH", 1, 0, 0, NULL, rds_done_hello },
+    rds_op_select = { "SELECT", 1, 0, 0, NULL, rds_done_hello },
+    rds_op_ping = { "PING", 1, 0, 0, NULL, rds_done_ping },
+    rds_op_ignored = { "", 1, 0, 0, NULL, rds_done_ignored };
+
+/* A connection stands: log in. */
+static void rds_hello(struct rds *r, struct chan *ch, int64_t now)
+{
+    uint16_t idx = (uint16_t)rds_idx(r);
+    const struct redis_url *u = &cfg.redis;
+    uint8_t db[20];
+    r->chan = ch;
+    r->state = RD_HELLO;
+    if (u->sec_password.len && u->user.len)
+        rds_send(idx, &rds_op_auth, idx, (sl[]){ SL("AUTH"), u->user,
+            u->sec_password }, 3, now);
+    else if (u->sec_password.len)
+        rds_send(idx, &rds_op_auth, idx, (sl[]){ SL("AUTH"),
+            u->sec_password }, 2, now);
+    if (u->db)
+        rds_send(idx, &rds_op_select, idx, (sl[]){ SL("SELECT"),
+            text_u64(db, u->db) }, 2, now);
+    if (u->client_name.len)
+        rds_send(idx, &rds_op_ignored, 0, (sl[]){ SL("CLIENT"),
+            SL("SETNAME"), u->client_name }, 3, now);
+    rds_send(idx, &rds_op_ping, idx, (sl[]){ SL("PING") }, 1, now);
+}
+
+static void rds_dial(struct rds *r, int64_t now)
+{
+    static const uint8_t no_key[16];
+    const struct redis_url *u = &cfg.redis;
+    struct up_call c = { .owner = KIND_REDIS,
+        .owner_idx = (uint16_t)rds_idx(r), .label = TL_REDIS,
+        .trust = { CLASS_OPERATOR, true }, .is_tls = u->is_tls,
+        .search = true, .host = u->host, .port = u->port,
+        .cert_name = u->host, .end = now + u->dial_ms,
+        .skip_verify = u->skip_verify };
+    r->state = RD_DIAL;
+    r->end = INT64_MAX;
+    if (!u->is_unix) {
+        r->up = up_open(&c, LIM_UP_ALL - LIM_REDIS_CNT, LIM_UP_ALL, now);
+        if (!r->up)
+            rds_fail(r, EV_REDIS_DOWN, "connect", "no slot", now);
+        return;
+    }
+    int fd = io_connect_unix(u->path);
+    struct chan *ch = fd < 0 ? NULL
+        : chan_open(fd, &(struct addr){ .port = 0 }, no_key);
+    if (ch)
+        rds_hello(r, ch, now);
+    else
+        rds_fail(r, EV_REDIS_DOWN, "connect", fd < 0 ? strerror(-fd)
+            : "no slot", now);
+    if (!ch)
+        io_close(&fd);
+}
+
+/* Begin; both connections use the same URL. */
+static void rds_start(size_t which, int64_t now)
+{
+    if (rds_pool[which].state == RD_OFF) {
+        rds_pool[which].down_at = now;
+        rds_dial(&rds_pool[which], now);
+        rds_watch(&rds_pool[which]);
+    }
+}
+
+/* The dial ended. */
+static void rds_dialled(struct rds *r, int64_t now)
+{
+    struct up *u = r->up;
+    if (u->state == UP_FAILED) {
+        rds_fail(r, EV_REDIS_DOWN, u->step, event_tab[u->why].text, now);
+        return;
+    }
+    struct chan *ch = u->chan;
+    u->chan = NULL;
+    r->up = NULL;
+    up_close(u, now);
+    rds_hello(r, ch, now);
+}
+
+/* ---- replies ---- */
+
+/* Hand out one element; at the end of a reply its op is done. */
+static void rds_element(struct rds *r, const struct rsp *e, int64_t now)
+{
+    const struct rds_op *op = r->pending[r->head].op;
+    if (r->depth == 0)
+        r->top = *e;
+    else if (op->item)
+        op->item(e, r->path, r->depth, now);
+    if (e->type == RSP_ARRAY && e->n > 0) {
+        r->left[r->depth] = e->n;
+        r->path[r->depth++] = 0;
+        return;
+    }
+    while (r->depth && (r->path[r->depth - 1]++, --r->left[r->depth - 1] == 0))
+        r->depth--;
+    if (r->depth)
+        return;
+    uint16_t idx = r->pending[r->head].idx;
+    r->elements = 0;
+    op->done(idx, &r->top, now);
+    r->head = (r->head + 1) % LIM_REDIS_OPS;
+    r->cnt--;
+    rds_set_end(r, now);
+}
+
+/* Collect a long bulk string, or skip it. Returns bytes used. */
+static size_t rds_take_bulk(struct rds *r, sl in, int64_t now)
+{
+    size_t want = r->bulk_len - r->bulk_got;
+    size_t n = in.len < want ? in.len : want;
+    size_t room = r->bulk_len - 2 > r->bulk_got
+        ? r->bulk_len - 2 - r->bulk_got : 0;
+    if (r->big)
+        memcpy(big_buf(r->big) + r->bulk_got, in.p, n < room ? n : room);
+    r->bulk_got += n;
+    if (r->bulk_got < r->bulk_len)
+        return n;
+    struct rsp e = { RSP_BULK, (int64_t)r->bulk_len - 2, { NULL, 0 } };
+    if (r->big)
+        e.text = (sl){ big_buf(r->big), r->bulk_len - 2 };
+    r->bulk_len = r->bulk_got = 0;
+    rds_element(r, &e, now);
+    big_free(&r->big);
+    return n;
+}
+
+/* Use what has arrived. */
+static void rds_take(struct rds *r, int64_t now)
+{
+    uint8_t *buf = rds_in[rds_idx(r)];
+    size_t at = 0;
+    struct rsp e;
+    while (!r->fault) {
+        sl in = { buf + at, r->in_len - at };
+        if (r->bulk_len) {
+            if (in.len == 0)
+                break;
+            at += rds_take_bulk(r, in, now);
+            continue;
+        }
+        int n = rsp_parse(in, LIM_REDIS_BULK, &e);
+        if (n == 0)
+            break;
+        if (n < 0 || r->cnt == 0 || ++r->elements > LIM_REDIS_ELEMENTS
+            || (e.type == RSP_ARRAY && (r->depth == LIM_REDIS_DEPTH
+                || e.n > LIM_REDIS_ELEMENTS))) {
+            r->fault = "malformed, too long or unasked-for reply";
+            r->is_garbled = true;
+            break;
+        }
+        bool is_long = e.type == RSP_BULK && !e.text.p;
+        bool is_kept = is_long
+            && (size_t)e.n <= r->pending[r->head].op->bulk_cap;
+        if (is_kept)
+            r->big = big_take((size_t)e.n);
+        r->is_stuck = is_kept && !r->big;
+        if (r->is_stuck) {
+            r->elements--;
+            break;
+        }
+        at += (size_t)n;
+        if (is_long)
+            r->bulk_len = (size_t)e.n + 2;
+        else
+            rds_element(r, &e, now);
+    }
+    memmove(buf, buf + at, r->in_len - at);
+    r->in_len -= at;
+}
+
+/* Send what waits. False: the connection is gone. */
+MUST_USE static bool rds_flush(struct rds *r, int64_t now)
+{
+    struct bb b = rds_out(r);
+    while (r->out_off < r->out_len) {
+        ssize_t n = chan_write(r->chan, (sl){ b.p + r->out_off,
+            r->out_len - r->out_off });
+        if (n == -EAGAIN)
+            return true;
+        if (n < 0)
+            return false;
+        r->out_off += (size_t)n;
+        r->write_end = now + cfg.redis.write_ms;
+    }
+    wipe(b.p, b.len < 1024 ? b.len : 1024);  /* AUTH stands at the front */
+    r->out_off = r->out_len = 0;
+    return !r->chan->is_tls || tls_pump(r->chan, 0) != -ECONNRESET;
+}
+
+/* Read and use what is there. False: the connection is gone. */
+MUST_USE static bool rds_read(struct rds *r, int64_t now)
+{
+    if (r->is_stuck)
+        rds_take(r, now);
+    for (int rounds = 0; rounds < 8 && !r->fault; rounds++) {
+        if (r->is_stuck)
+            return true;
+        ssize_t n = chan_read(r->chan, rds_in[rds_idx(r)] + r->in_len,
+            LIM_REDIS_IN - r->in_len);
+        if (n == -EAGAIN)
+            return true;
+        if (n <= 0)
+            return false;
+        r->in_len += (size_t)n;
+        rds_take(r, now);
+    }
+    loop_wake(KIND_REDIS, rds_idx(r));   /* the engine may hold more */
+    return true;
+}
+
+/* Move a connection on after a wake, a time or its socket. */
+static enum step rds_step(size_t idx, int revents, int64_t now)
+{
+    struct rds *r = &rds_pool[idx];
+    (void)revents;
+    switch (r->state) {
+    case RD_OFF:
+        return STEP_WAIT;
+    case RD_PAUSE:
+        if (now >= r->end)
+            rds_dial(r, now);
+        break;
+    case RD_DIAL:
+        if (r->up->state == UP_DONE || r->up->state == UP_FAILED)
+            rds_dialled(r, now);
+        break;
+    case RD_HELLO:
+    case RD_UP:
+        if (!rds_flush(r, now) || !rds_read(r, now))
+            rds_fail(r, EV_REDIS_DOWN, r->state == RD_UP ? "reply" : "hello",
+                "connection closed", now);
+        else if (r->fault)
+            rds_fail(r, r->is_garbled ? EV_REDIS_PROTO : EV_REDIS_DOWN,
+                r->state == RD_UP ? "reply" : "hello", r->fault, now);
+        else if ((r->cnt && now >= r->end)
+                 || (r->out_off < r->out_len && now >= r->write_end))
+            rds_fail(r, EV_REDIS_DOWN, r->state == RD_UP ? "reply" : "hello",
+                "no answer in time", now);
+        else if (!rds_flush(r, now))
+            rds_fail(r, EV_REDIS_DOWN, "reply", "connection closed", now);
+        break;
+    }
+    rds_watch(r);
+    return STEP_WAIT;
+}
+
 /* ==== 21 JOBS ====================== PART II: MACHINES ================
  * Purpose  Delegated delayed leave (MSC4140, MSC4195): postpone a user's
  *          delayed event while the participant is on the SFU, send it when
@@ -6967,11 +8072,21 @@ static enum presence lk_presence(struct up *u, sl *sid)
  * may be back (job_left). Q4, Q5 and Q9 are timed by job_clock.
  */
 
-enum job_state { J_FREE, J_WAITING, J_CONNECTED, J_LEAVING };
+enum job_state { J_FREE, J_WAITING, J_CONNECTED, J_LEAVING,
+    J_OVER };                        /* but Redis has yet to be told */
 
 /* Why the SFU is asked. */
 enum job_check { CK_NONE, CK_WAIT, CK_SANITY, CK_ABSENT, CK_LEFT,
-    CK_DUPLICATE };
+    CK_DUPLICATE, CK_SEND };
+
+/* Where jobs are kept: in memory only; in Redis, shared with other
+ * replicas or ours alone; PROBE until Redis showed what it allows. */
+enum store_mode { STORE_NONE, STORE_PROBE, STORE_SHARED, STORE_SINGLE };
+static enum store_mode store_mode;
+
+/* What Redis has yet to be told of a job. NEW: the delegation itself,
+ * whatever stands there; SET and DEL: unless another replaced it. */
+enum store_op { ST_NONE, ST_NEW, ST_SET, ST_DEL };
 
 /* What is wanted of the homeserver. */
 enum job_want { WANT_NONE, WANT_RESTART, WANT_SEND };
@@ -6984,9 +8099,14 @@ struct job_params {
 
 /* One delegated leave.
  * owner:    job_pool
- * lifetime: job_accept to job_end */
+ * lifetime: job_make to job_free */
 struct job {
     uint8_t state, check;
+    uint8_t store, storing;          /* store_op wanted, under way */
+    uint8_t shard;
+    bool is_unverified;              /* connected, as others say */
+    bool is_forgotten;               /* its record is another's by now */
+    uint16_t waiter;                 /* exchange + 1 that waits for NEW */
     uint8_t followed;                /* identity seen connected; 2: none */
     uint8_t probe;                   /* identity being looked up */
     bool first_unknown;              /* the first look-up of two failed */
@@ -6999,17 +8119,19 @@ struct job {
     int64_t check_at;                /* next look-up */
     int64_t check_end, unknown_end;  /* absent, unknown count as gone */
     int64_t absent_at, send_end, connected_at;
+    int64_t restarted_wall_ms;       /* as the record says */
     int32_t look_wait_ms, call_wait_ms;       /* backoff of each series */
     uint8_t alias[HASH_NAME_LEN], sid[LIM_SID_LEN];
     uint8_t id[2][LIM_JOB_ID_LEN], delay_id[LIM_ID_LEN];
 };
 static struct job job_pool[LIM_JOB_CNT];
-_Static_assert(sizeof(struct job) <= 1024, "a job is small");
+_Static_assert(sizeof(struct job) <= 1088, "a job is small");
 
 /* What scans over all jobs read; index as job_pool. */
 static struct job_hot {
     uint8_t want, is_used;
     bool is_out;                     /* its call is under way */
+    bool is_last;                    /* restart before we stop */
     uint16_t api;
     uint64_t user;                   /* hash */
     int64_t at;                      /* wanted from then on */
@@ -7018,6 +8140,49 @@ static struct job_hot {
 static size_t job_top;               /* above the highest job in use */
 static uint16_t job_room[LIM_ROOM_HASH];
 static int64_t webhook_at, silence_told_at;
+static bool store_is_done[LIM_SLOT_CNT];     /* by waiter */
+static bool store_in_ring[LIM_JOB_CNT];
+static uint16_t store_ring[LIM_JOB_CNT];     /* jobs that Redis waits for */
+static size_t store_head, store_cnt;
+static int64_t store_pause_at;               /* Redis refused a write */
+
+/* Replicas (DESIGN section 6). mine: shards by bit, leased until `until`;
+ * load: of them, those whose records are yet to be read; loading: are
+ * being read. from: place in the stream that those records cover. */
+struct place { uint64_t ms, seq; };
+static struct rep {
+    uint8_t id[16], run_id[40];
+    size_t run_id_len;
+    uint32_t serial, changed_serial; /* of the connection known */
+    bool is_ticking, is_reading, is_caught_up, is_loading, is_loaded;
+    bool is_leaving, has_left, is_told;
+    uint64_t mine, load, loading;
+    int release;                     /* shard to give away, -1: none */
+    int64_t cnt;                     /* live replicas */
+    int64_t until, sent_at, tick_at, changed_at;
+    struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
+} rep = { .release = -1, .cnt = 1 };
+
+/* Redis has been away for so long that its leases are void: every replica
+ * then acts from memory (restarts and repeated sends do no harm). */
+static bool store_is_away(int64_t now)
+{
+    return !rds_is_up(RDS_MAIN)
+        && now - rds_pool[RDS_MAIN].down_at >= LIM_OUTAGE_MS;
+}
+
+static bool job_is_mine(const struct job *j)
+{
+    return store_mode != STORE_SHARED || (rep.mine >> j->shard & 1);
+}
+
+/* Whether this replica may act for the job: it holds the lease, by its own
+ * clock for two thirds of its time at most. */
+static bool job_may_act(const struct job *j, int64_t now)
+{
+    return store_mode != STORE_SHARED || store_is_away(now)
+        || (job_is_mine(j) && now < rep.until);
+}
 
 static size_t job_idx(const struct job *j)
 {
@@ -7043,14 +8208,6 @@ static int64_t job_connected_cnt(void)
     for (size_t i = 0; i < job_top; i++)
         n += job_pool[i].state == J_CONNECTED;
     return n;
-}
-
-/* A random number in [lo, hi]. */
-static int64_t random_between(int64_t lo, int64_t hi)
-{
-    uint64_t dice;
-    io_random(&dice, sizeof dice);
-    return lo + (int64_t)(dice % (uint64_t)(hi - lo + 1));
 }
 
 /* The next wait of a series: 1 s, times 1.5, at most 60 s, 50 % jitter. */
@@ -7092,8 +8249,8 @@ static void job_watch(const struct job *j)
             && j->absent_at + LIM_ABSENT_MS < at)
             at = j->absent_at + LIM_ABSENT_MS;
     }
-    if (j->state != J_FREE && j->check != CK_NONE && !j->look
-        && j->check_at < at)
+    if (j->state != J_FREE && j->state != J_OVER && j->check != CK_NONE
+        && !j->look && j->check_at < at)
         at = j->check_at;
     loop_set(KIND_JOB, job_idx(j), -1, 0, at);
 }
@@ -7120,7 +8277,52 @@ static void job_drop_call(struct job *j, int64_t now)
     api_pool[j->api].active--;
 }
 
-/* Free the job; calls under way are given up. */
+/* The slot is free once Redis has been told. */
+static void job_free(struct job *j)
+{
+    if (j->state != J_OVER || j->store || j->storing)
+        return;
+    api_pool[j->api].job_cnt--;
+    j->state = J_FREE;
+    job_watch(j);
+    while (job_top && job_pool[job_top - 1].state == J_FREE)
+        job_top--;
+}
+
+/* Let the exchange go on that waits for the record to be written. */
+static void job_tell_waiter(struct job *j)
+{
+    if (j->waiter == 0)
+        return;
+    store_is_done[j->waiter - 1] = true;
+    loop_wake(KIND_EXCHANGE, j->waiter - 1U);
+    j->waiter = 0;
+}
+
+/* Redis need not be told any more. */
+static void store_cancel(struct job *j)
+{
+    met.gauge[GA_UNSAVED] -= j->store && !j->storing;
+    j->store = ST_NONE;
+}
+
+/* Tell Redis of the job as soon as it can be. */
+static void job_store(struct job *j, enum store_op op)
+{
+    size_t i = job_idx(j);
+    if (store_mode == STORE_NONE || (op == ST_SET && j->store == ST_NEW))
+        return;
+    met.gauge[GA_UNSAVED] += !j->store && !j->storing;
+    j->store = (uint8_t)op;
+    if (!store_in_ring[i] && !j->storing) {
+        store_in_ring[i] = true;
+        store_ring[(store_head + store_cnt++) % LIM_JOB_CNT] = (uint16_t)i;
+    }
+    loop_wake(KIND_REPLICA, 0);
+}
+
+/* The job is over; calls under way are given up. With a reason its record
+ * is deleted, without one another replica or delegation has it. */
 static void job_end(struct job *j, const char *reason, int64_t now)
 {
     uint16_t *at = job_chain((sl){ j->alias, HASH_NAME_LEN });
@@ -7131,14 +8333,15 @@ static void job_end(struct job *j, const char *reason, int64_t now)
     *at = j->next;
     job_drop_look(j, now);
     job_drop_call(j, now);
-    api_pool[j->api].job_cnt--;
     loop_wake(KIND_API, j->api);
     job_hot[job_idx(j)] = (struct job_hot){ .want = WANT_NONE };
-    j->state = J_FREE;
-    job_watch(j);
     met.gauge[GA_JOBS]--;
-    while (job_top && !job_hot[job_top - 1].is_used)
-        job_top--;
+    job_tell_waiter(j);
+    store_cancel(j);
+    j->state = J_OVER;
+    if (reason)
+        job_store(j, ST_DEL);
+    job_free(j);
 }
 
 /* Queue a call at the homeserver. */
@@ -7171,8 +8374,10 @@ static void job_connect(struct job *j, unsigned which, sl sid, int64_t now)
     j->followed = (uint8_t)which;
     j->absent_at = 0;
     j->check = CK_NONE;
+    j->is_unverified = false;
     if (j->state == J_CONNECTED)
         return;
+    job_drop_call(j, now);
     j->state = J_CONNECTED;
     j->connected_at = now;
     j->deadline = now + j->timeout_ms;
@@ -7195,8 +8400,31 @@ static void job_leave(struct job *j, const char *reason, int64_t now)
     j->send_end = now + budget;
     j->call_wait_ms = 0;
     job_log(EV_JOB_LEAVING, j, reason);
-    job_want(j, WANT_SEND, now);
+    job_hot_of(j)->want = WANT_NONE;
+    if (store_mode == STORE_SHARED) {    /* look once more (DESIGN 6) */
+        j->unknown_end = now + j->timeout_ms;
+        job_look(j, CK_SEND, now);
+    } else {
+        job_want(j, WANT_SEND, now);
+    }
 }
+
+/* Doubt that a participant is still there: two absences 20 s apart end
+ * the job. The first look-up comes within wait_ms. */
+static void job_doubt(struct job *j, int64_t wait_ms, int64_t now)
+{
+    if (j->state != J_CONNECTED)
+        return;
+    j->is_unverified = true;
+    j->absent_at = 0;
+    if (j->check == CK_NONE) {
+        job_look(j, CK_ABSENT, now);
+        j->check_at = now + random_between(0, wait_ms);
+        job_watch(j);
+    }
+}
+
+static void job_may_send(struct job *j, int64_t now);
 
 /* Row Q3, after looking. */
 static void job_gone(struct job *j, int64_t now)
@@ -7207,6 +8435,15 @@ static void job_gone(struct job *j, int64_t now)
         job_leave(j, "left", now);
 }
 
+/* About to be sent, and the SFU has the participant. It is back, unless
+ * the SFU is slow to forget: that shows within 20 s. */
+static void job_back(struct job *j, sl sid, int64_t now)
+{
+    job_connect(j, j->probe, sid, now);
+    job_doubt(j, 0, now);
+    j->check_at = now + LIM_BACKOFF_MIN_MS;
+}
+
 /* The SFU was asked about all watched identities. */
 static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
 {
@@ -7214,7 +8451,9 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
     int64_t wait = backoff_next(&j->look_wait_ms);
     if (p == UNKNOWN)
         job_log(EV_PRESENCE_UNKNOWN, j, "");
-    if (p == PRESENT)
+    if (p == PRESENT && check == CK_SEND)
+        job_back(j, sid, now);
+    else if (p == PRESENT)
         job_connect(j, j->probe, sid, now);
     if (job_hot_of(j)->want == WANT_RESTART && j->state == J_CONNECTED
         && !j->call_wait_ms && !job_hot_of(j)->is_out)
@@ -7231,6 +8470,10 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
             job_leave(j, "absent", now);
         return;
     case CK_ABSENT:
+        if (p == UNKNOWN && j->is_unverified) {
+            j->check_at = now + wait;
+            return;
+        }
         j->check = CK_NONE;
         if (p == UNKNOWN)
             j->absent_at = 0;            /* unconfirmed: start over */
@@ -7249,6 +8492,11 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
             job_gone(j, now);
         else
             j->check_at = now + wait < end ? now + wait : end;
+        return;
+    case CK_SEND:
+        j->check_at = now + wait;
+        if (p == ABSENT || (p == UNKNOWN && now >= j->unknown_end))
+            job_may_send(j, now);
         return;
     }
 }
@@ -7290,7 +8538,7 @@ static void job_look_ended(struct job *j, int64_t now)
         p = UNKNOWN;
     j->first_unknown = false;
     job_looked(j, p, (sl){ copy, sid.len }, now);
-    if (j->state != J_FREE && !j->look)
+    if (j->state != J_OVER && !j->look)
         j->probe = j->followed == 1;
 }
 
@@ -7299,6 +8547,10 @@ static void job_start_look(struct job *j, int64_t now)
 {
     if (j->check == CK_NONE || j->look || now < j->check_at)
         return;
+    if (!job_may_act(j, now)) {
+        j->check_at = now + LIM_TICK_MS / 2;
+        return;
+    }
     if (j->followed < 2)
         j->probe = j->followed;
     j->look = lk_open(KIND_JOB, (uint16_t)job_idx(j), job_build_look,
@@ -7453,6 +8705,11 @@ static void job_done(struct job *j, bool is_send, int64_t now)
     }
     int64_t wait = random_between(j->timeout_ms * 6 / 10,
         j->timeout_ms * 8 / 10);
+    if (store_mode == STORE_SHARED && rep.cnt > 1
+        && j->timeout_ms < LIM_BACKOFF_MAX_MS)
+        wait = j->timeout_ms / 2;        /* leaves time for a takeover */
+    j->restarted_wall_ms = io_wall_ms();
+    job_store(j, ST_SET);
     j->has_restarted = true;
     j->deadline = now + j->timeout_ms;
     j->restart_at = now + (wait < LIM_RESTART_MIN_MS ? LIM_RESTART_MIN_MS
@@ -7467,6 +8724,7 @@ static void job_again(struct job *j, bool is_send, int64_t wait_ms,
     int64_t now)
 {
     wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
+    job_hot_of(j)->is_last = false;
     if (is_send && now + wait_ms > j->send_end)
         job_end(j, "no answer within the budget", now);
     else
@@ -7537,6 +8795,7 @@ static void job_call_ended(struct job *j, int64_t now)
     if (got != OUT_DONE && !again)
         job_log_failed(j, got, is_send, e.errcode);
     a->is_stable |= got == OUT_OTHER_PATH;
+    job_hot_of(j)->is_last = false;
     job_drop_call(j, now);
     j->redirect = target;
     if (again && job_start_call(j, now)) {
@@ -7576,7 +8835,8 @@ static struct job *job_pick(const struct api *a, int64_t now, int64_t *at)
     *at = INT64_MAX;
     for (size_t i = 0; i < job_top; i++) {
         const struct job_hot *h = &job_hot[i];
-        if (!h->is_used || h->api != api || h->want == WANT_NONE || h->is_out)
+        if (!h->is_used || h->api != api || h->want == WANT_NONE || h->is_out
+            || (h->want == WANT_SEND && srv_stopping == 2))
             continue;
         if (h->at > now)
             *at = h->at < *at ? h->at : *at;
@@ -7592,6 +8852,9 @@ static void job_run_queue(struct api *a, int64_t now)
     int64_t at = INT64_MAX;
     struct job *j;
     while ((j = job_pick(a, now, &at)) != NULL) {
+        at = now + LIM_TICK_MS / 2;
+        if (!job_may_act(j, now))
+            break;
         enum res got = api_resolve(a, now);
         at = INT64_MAX;
         if (got == RES_WAIT)
@@ -7652,14 +8915,11 @@ MUST_USE static bool webhook_parse(uint8_t *body_raw, size_t len,
         && (w->dropped.len == 0 || sl_u64(w->dropped, INT64_MAX, &n));
 }
 
-/* Rows Q2 and Q3: a watched participant is said to have left. */
-static void job_left(struct job *j, const struct webhook *w, bool aborted,
-    int64_t now)
+/* Rows Q2 and Q3: a watched participant is said to have left. other_sid:
+ * not the one that joined last. */
+static void job_left(struct job *j, unsigned reason, bool other_sid,
+    bool aborted, int64_t now)
 {
-    unsigned reason = disconnect_reason(w->reason.len ? w->reason
-        : w->reason_old);
-    bool other_sid = w->sid.len && j->sid_len
-        && !sl_eq(w->sid, (sl){ j->sid, j->sid_len });
     bool maybe_back = reason == 2 || reason == 3 || reason == 6
         || reason == 8;                  /* or moved to another node */
     bool sure = reason == 1 || reason == 4 || reason == 5 || reason == 10;
@@ -7679,8 +8939,78 @@ static void job_left(struct job *j, const struct webhook *w, bool aborted,
     }
 }
 
-/* Give one verified webhook to the jobs of its room. */
-static void job_webhook(const struct webhook *w, int64_t now)
+/* Departures of the last LIM_GONE_MS, for jobs that come later: a replica
+ * may learn of a participant's job after its end. Newest last. */
+static struct gone {
+    uint64_t who, sid;               /* hashes; sid 0: not given */
+    int64_t at, wall_ms;             /* wall_ms: when Redis was told */
+    uint8_t reason;
+    bool is_aborted;
+} gone_ring[LIM_GONE_CNT];
+static size_t gone_cnt;              /* ever */
+
+static uint64_t gone_hash(sl room, sl identity)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, room, identity };
+    hash_parts(part, 3, sum);
+    return ((uint64_t)be32(sum) << 32 | be32(sum + 4)) | 1;
+}
+
+/* The departure of a participant, NULL: it is not known to be gone. */
+static struct gone *gone_find(uint64_t who, int64_t now)
+{
+    for (size_t n = gone_cnt; n > 0 && n + LIM_GONE_CNT > gone_cnt; n--) {
+        struct gone *g = &gone_ring[(n - 1) % LIM_GONE_CNT];
+        if (g->at + LIM_GONE_MS < now)
+            return NULL;
+        if (g->who == who)
+            return g;
+    }
+    return NULL;
+}
+
+/* Remember who left, forget who is back. */
+static void gone_note(const struct webhook *w, bool joined, bool aborted,
+    int64_t wall_ms, int64_t now)
+{
+    uint64_t who = gone_hash(w->room, w->identity);
+    struct gone *g = gone_find(who, now);
+    if (g)
+        g->who = 0;
+    if (!joined)
+        gone_ring[gone_cnt++ % LIM_GONE_CNT] = (struct gone){ .who = who,
+            .sid = w->sid.len ? gone_hash(w->sid, w->sid) : 0, .at = now,
+            .wall_ms = wall_ms, .is_aborted = aborted,
+            .reason = (uint8_t)disconnect_reason(w->reason.len ? w->reason
+                : w->reason_old) };
+}
+
+/* A job that is new here: was its participant seen to leave before? One
+ * that is still waited for, and left after it delegated, was connected. */
+static void gone_apply(struct job *j, int64_t now)
+{
+    sl sid = { j->sid, j->sid_len };
+    for (unsigned which = 0; which < 2; which++) {
+        struct gone *g = j->id_len[which] && j->state != J_OVER
+            ? gone_find(gone_hash((sl){ j->alias, HASH_NAME_LEN },
+                (sl){ j->id[which], j->id_len[which] }), now) : NULL;
+        if (!g)
+            continue;
+        if (j->state == J_CONNECTED) {
+            job_left(j, g->reason, g->sid && sid.len
+                && g->sid != gone_hash(sid, sid), g->is_aborted, now);
+        } else if (j->state == J_WAITING && !g->is_aborted
+                   && g->wall_ms > j->restarted_wall_ms) {
+            job_connect(j, which, (sl){ NULL, 0 }, now);
+            job_doubt(j, 0, now);
+        }
+    }
+}
+
+/* Give one verified webhook to the jobs of its room. wall_ms: when it was
+ * taken. */
+static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
 {
     uint64_t dropped;
     bool joined = sl_eq(w->event, SL("participant_joined"));
@@ -7697,6 +9027,10 @@ static void job_webhook(const struct webhook *w, int64_t now)
         }
     if (w->room.len == 0 || !(joined || left || aborted || started))
         return;
+    if (store_mode == STORE_SHARED && w->identity.len && !started)
+        gone_note(w, joined, aborted, wall_ms, now);
+    unsigned reason = disconnect_reason(w->reason.len ? w->reason
+        : w->reason_old);
     uint16_t next;
     for (uint16_t at = *job_chain(w->room); at; at = next) {
         struct job *j = &job_pool[at - 1];
@@ -7715,10 +9049,10 @@ static void job_webhook(const struct webhook *w, int64_t now)
             job_drop_look(j, now);
             job_connect(j, which, w->sid, now);
         } else if (left || aborted) {
-            job_left(j, w, aborted, now);
+            job_left(j, reason, w->sid.len && j->sid_len
+                && !sl_eq(w->sid, (sl){ j->sid, j->sid_len }), aborted, now);
         }
-        if (j->state != J_FREE)
-            job_watch(j);
+        job_watch(j);
     }
 }
 
@@ -7738,9 +9072,14 @@ static void job_tell_silence(const struct job *j, int64_t now)
 static void job_clock(struct job *j, int64_t now)
 {
     if (j->state == J_WAITING && now >= j->wait_end) {
-        job_leave(j, "never connected", now);
+        if (job_may_act(j, now))
+            job_leave(j, "never connected", now);
+        else
+            j->wait_end = now + LIM_TICK_MS;
         return;
     }
+    if (j->state == J_WAITING && j->check == CK_NONE)
+        job_look(j, CK_WAIT, now);
     if (j->state != J_CONNECTED)
         return;
     job_tell_silence(j, now);
@@ -7773,16 +9112,15 @@ static enum step job_step(size_t idx, int revents, int64_t now)
 {
     struct job *j = &job_pool[idx];
     (void)revents;
-    if (j->state != J_FREE && up_has_ended(j->look))
+    if (up_has_ended(j->look))
         job_look_ended(j, now);
-    if (j->state != J_FREE && up_has_ended(j->call))
+    if (up_has_ended(j->call))
         job_call_ended(j, now);
-    if (j->state != J_FREE)
+    if (j->state != J_FREE && j->state != J_OVER)
         job_clock(j, now);
-    if (j->state != J_FREE)
+    if (j->state != J_FREE && j->state != J_OVER)
         job_start_look(j, now);
-    if (j->state != J_FREE)
-        job_watch(j);
+    job_watch(j);
     return STEP_WAIT;
 }
 
@@ -7824,46 +9162,1073 @@ static void job_copy(uint8_t *to, uint16_t *len, sl s)
         memcpy(to, s.p, s.len);
 }
 
-/* Start a job; one with the same key is replaced silently. False: full. */
-MUST_USE static bool job_accept(const struct job_params *p, struct api *a,
-    int64_t now)
+/* A free slot; one that only waits to be deleted from Redis gives way. */
+static struct job *job_slot(void)
 {
-    struct job *old = job_find(p->alias, p->identity[0]);
-    if (job_refuses(p) != EV_NONE)
-        return false;
-    if (old) {
-        job_log(EV_JOB_REPLACED, old, "");
-        job_end(old, NULL, now);
+    struct job *over = NULL;
+    for (size_t i = 0; i < LIM_JOB_CNT; i++) {
+        struct job *j = &job_pool[i];
+        if (j->state == J_FREE)
+            return j;
+        if (j->state == J_OVER && !j->storing)
+            over = j;
     }
-    size_t i = 0;
-    while (i < LIM_JOB_CNT && job_pool[i].state != J_FREE)
-        i++;
-    if (i == LIM_JOB_CNT)
-        return false;
-    struct job *j = &job_pool[i];
+    if (over) {
+        store_cancel(over);
+        job_free(over);
+    }
+    return over;
+}
+
+/* Fill a slot with what a delegation says; not yet part of any chain. */
+static struct job *job_fill(const struct job_params *p, struct api *a)
+{
+    struct job *j = job_slot();
+    uint8_t field[8 * LIM_JOB_ID_LEN], sum[32];
+    struct bb b = BB(field);
+    if (!j)
+        return NULL;
     memset(j, 0, sizeof *j);
-    j->state = J_WAITING;
-    j->followed = p->identity[1].len ? 2 : 0;
     j->api = (uint16_t)api_idx(a);
+    a->job_cnt++;
     j->timeout_ms = p->timeout_ms;
-    j->wait_end = now + (p->timeout_ms < LIM_WAIT_MS ? p->timeout_ms
-        : LIM_WAIT_MS);
     memcpy(j->alias, p->alias.p, HASH_NAME_LEN);
     job_copy(j->id[0], &j->id_len[0], p->identity[0]);
     job_copy(j->id[1], &j->id_len[1], p->identity[1]);
     job_copy(j->delay_id, &j->delay_len, p->delay_id);
+    rec_put_field(&b, p->alias, p->identity[0]);
+    sha256((sl){ b.p, b.len }, sum);
+    j->shard = sum[0] % LIM_SHARD_CNT;
+    size_t i = job_idx(j);
+    job_top = i >= job_top ? i + 1 : job_top;
+    return j;
+}
+
+/* A job in J_WAITING for a delegation that no cap forbids. NULL: full. */
+static struct job *job_make(const struct job_params *p, struct api *a,
+    int64_t now)
+{
+    struct job *j = job_fill(p, a);
+    if (!j)
+        return NULL;
+    j->state = J_WAITING;
+    j->followed = p->identity[1].len ? 2 : 0;
+    j->wait_end = now + (p->timeout_ms < LIM_WAIT_MS ? p->timeout_ms
+        : LIM_WAIT_MS);
+    j->restarted_wall_ms = io_wall_ms();
     uint16_t *chain = job_chain(p->alias);
     j->next = *chain;
-    *chain = (uint16_t)(i + 1);
-    job_hot[i] = (struct job_hot){ .is_used = 1, .api = j->api,
+    *chain = (uint16_t)(job_idx(j) + 1);
+    job_hot[job_idx(j)] = (struct job_hot){ .is_used = 1, .api = j->api,
         .user = dest_hash(p->user) };
-    job_top = i >= job_top ? i + 1 : job_top;
-    a->job_cnt++;
     met.gauge[GA_JOBS]++;
+    return j;
+}
+
+/* An ended job with this key must not delete the new one's record. */
+static void store_forget(sl alias, sl identity)
+{
+    for (size_t i = 0; met.gauge[GA_UNSAVED] && i < job_top; i++) {
+        struct job *j = &job_pool[i];
+        if (j->state != J_OVER || !sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
+            || !sl_eq(identity, (sl){ j->id[0], j->id_len[0] }))
+            continue;
+        j->is_forgotten = true;
+        store_cancel(j);
+        job_free(j);
+    }
+}
+
+/* Start a job; one with the same key is replaced silently. NULL: full. */
+MUST_USE static struct job *job_accept(const struct job_params *p,
+    struct api *a, int64_t now)
+{
+    struct job *old = job_find(p->alias, p->identity[0]);
+    if (job_refuses(p) != EV_NONE)
+        return NULL;
+    if (old) {
+        job_log(EV_JOB_REPLACED, old, "");
+        job_end(old, NULL, now);
+    }
+    store_forget(p->alias, p->identity[0]);
+    struct job *j = job_make(p, a, now);
+    if (!j)
+        return NULL;
     job_log(EV_JOB_NEW, j, "");
+    job_store(j, ST_NEW);
     job_look(j, CK_WAIT, now);
     job_watch(j);
+    return j;
+}
+
+/* ---- records in Redis ---- */
+
+static const char store_key[] = "lk-jwt:jobs", store_stream[] =
+    "lk-jwt:webhooks", store_replicas[] = "lk-jwt:replicas";
+
+/* Write or, without ARGV[4], delete a record, if it is still that of the
+ * delayed event ARGV[3] and the lease is ours: 1. 0: another delegation
+ * replaced it, -1: another replica has it, 2: it was gone, and whoever
+ * has the lease is told. */
+static const char store_script[] =
+    "local v=redis.call('HGET',KEYS[1],ARGV[2]) "
+    "if v then local ok,r=pcall(cjson.decode,v) "
+    "if not ok or type(r)~='table' or type(r.Params)~='table' "
+    "or r.Params.DelayId~=ARGV[3] then return 0 end end "
+    "if redis.call('GET',KEYS[2])==ARGV[1] then "
+    "if ARGV[4]=='' then redis.call('HDEL',KEYS[1],ARGV[2]) "
+    "else redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) end return 1 end "
+    "if v or ARGV[4]=='' then return -1 end "
+    "redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) "
+    "redis.call('XADD',KEYS[3],'MAXLEN','~',ARGV[5],'*','job',ARGV[2],"
+    "'record',ARGV[4]) return 2";
+
+enum stored { STORED, STORED_REPLACED, STORED_ELSEWHERE, STORED_NOT };
+
+/* A write ended. */
+static void store_ended(struct job *j, enum stored got, int64_t now)
+{
+    enum store_op op = (enum store_op)j->storing;
+    j->storing = ST_NONE;
+    bool again = got == STORED_NOT && j->store != ST_DEL
+        && (j->store == ST_NONE || op == ST_NEW)
+        && (j->state != J_OVER || (op == ST_DEL && !j->is_forgotten));
+    if (again)
+        j->store = (uint8_t)op;
+    if (op == ST_NEW)                    /* or it is logged; memory has it */
+        job_tell_waiter(j);
+    if (j->store) {
+        enum store_op next = (enum store_op)j->store;
+        j->store = ST_NONE;
+        met.gauge[GA_UNSAVED]--;
+        job_store(j, next);
+    } else {
+        met.gauge[GA_UNSAVED]--;
+    }
+    if (j->state == J_OVER) {
+        job_free(j);
+    } else if (got == STORED_REPLACED) {
+        job_log(EV_JOB_REPLACED, j, "");
+        job_end(j, NULL, now);
+    } else if (got == STORED_ELSEWHERE
+               || (got == STORED && op == ST_NEW && !job_is_mine(j))) {
+        job_log(EV_JOB_HANDED, j, "");
+        job_end(j, NULL, now);
+    }
+}
+
+/* Whether Redis refused what is not asked of it again: it lacks scripts or
+ * streams, its ACL forbids them, or something else has our keys. Then all
+ * jobs are ours. Errors of its own passing state are no such thing. */
+static bool store_is_refused(const struct rsp *e)
+{
+    static const char *const passing[] = { "LOADING", "READONLY", "BUSY",
+        "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN",
+        "CLUSTERDOWN", "NOAUTH", "EXECABORT" };
+    bool refused = e && e->type == RSP_ERROR;
+    for (size_t i = 0; refused && i < COUNT_OF(passing); i++)
+        if (sl_starts(e->text, sl_str(passing[i])))
+            refused = false;
+    if (!refused || store_mode == STORE_SINGLE)
+        return refused;
+    LOG(EV_REDIS_SINGLE, KV("code", rds_code(e)));
+    store_mode = STORE_SINGLE;
+    rep.load = UINT64_MAX;
+    rep.mine = UINT64_MAX;
+    met.gauge[GA_SHARDS] = LIM_SHARD_CNT;
+    met.gauge[GA_REPLICAS] = rep.cnt = 1;
+    loop_wake(KIND_REPLICA, 0);
     return true;
+}
+
+/* Redis refuses writes for now: a pause. */
+static void store_refused(const char *command, const struct rsp *e,
+    int64_t now)
+{
+    rds_log_refused(command, e);
+    store_pause_at = now + 1000;
+    if (sl_starts(e->text, SL("READONLY")))  /* perhaps another is master */
+        rds_pool[RDS_MAIN].fault = "read-only";
+}
+
+static void store_done_write(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    bool ok = e && e->type == RSP_INT;
+    if (e && !ok)
+        store_refused("HSET", e, now);
+    store_ended(&job_pool[idx], ok ? STORED : STORED_NOT, now);
+}
+
+static void store_done_script(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    bool ok = e && e->type == RSP_INT;
+    if (e && !ok && !store_is_refused(e))
+        store_refused("EVAL", e, now);
+    store_ended(&job_pool[idx], !ok ? STORED_NOT : e->n == 1 ? STORED
+        : e->n == 0 ? STORED_REPLACED : STORED_ELSEWHERE, now);
+}
+
+static bool store_exec_failed;       /* one of the two commands did */
+
+static void store_done_queued(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    (void)idx;
+    store_exec_failed = false;
+    if (e && e->type == RSP_ERROR && !store_is_refused(e))
+        store_refused("MULTI", e, now);
+}
+
+static void store_item_exec(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    (void)path;
+    (void)depth;
+    if (e->type != RSP_ERROR)
+        return;
+    store_exec_failed = true;
+    if (!store_is_refused(e))
+        store_refused("EXEC", e, now);
+}
+
+static void store_done_exec(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    bool ok = e && e->type == RSP_ARRAY && !store_exec_failed;
+    store_ended(&job_pool[idx], ok ? STORED : STORED_NOT, now);
+}
+
+static const struct rds_op
+    store_op_write = { "HSET", 1, 0, 0, NULL, store_done_write },
+    store_op_script = { "EVAL", 1, 0, 0, NULL, store_done_script },
+    store_op_queued = { "MULTI", 1, 0, 0, NULL, store_done_queued },
+    store_op_exec = { "EXEC", 1, 0, 0, store_item_exec, store_done_exec };
+
+/* The record of a job. The second identity is left out where it would make
+ * the value too long to be read again. */
+static void job_put_record(const struct job *j, struct bb *b)
+{
+    struct record r = { .delay_id = { j->delay_id, j->delay_len },
+        .server = job_server(j), .alias = { j->alias, HASH_NAME_LEN },
+        .identity = { j->id[0], j->id_len[0] },
+        .identity2 = { j->id[1], j->id_len[1] },
+        .sid = { j->sid, j->sid_len }, .timeout_ms = j->timeout_ms,
+        .is_connected = j->state == J_CONNECTED || j->state == J_LEAVING,
+        .restarted_s = j->restarted_wall_ms / 1000,
+        .restarted_ns = (uint32_t)(j->restarted_wall_ms % 1000) * 1000000 };
+    rec_put(b, &r);
+    if (b->len <= LIM_RECORD_LEN && !b->over)
+        return;
+    r.identity2.len = 0;
+    b->len = 0;
+    b->over = false;
+    rec_put(b, &r);
+}
+
+static sl lease_key(uint8_t buf[24], unsigned shard)
+{
+    struct bb b = { buf, 0, 24, false };
+    bb_str(&b, "lk-jwt:lease:");
+    bb_u64(&b, shard);
+    return (sl){ buf, b.len };
+}
+
+/* Send what Redis has yet to be told of a job; room was asked for. */
+static void store_send(struct job *j, int64_t now)
+{
+    uint8_t field_text[8 * LIM_JOB_ID_LEN], value_text[2 * LIM_RECORD_LEN];
+    uint8_t lease[24], len[20];
+    struct bb f = BB(field_text), v = BB(value_text);
+    uint16_t idx = (uint16_t)job_idx(j);
+    enum store_op op = (enum store_op)j->store;
+    rec_put_field(&f, (sl){ j->alias, HASH_NAME_LEN },
+        (sl){ j->id[0], j->id_len[0] });
+    if (op != ST_DEL)
+        job_put_record(j, &v);
+    sl key = sl_str(store_key), field = { f.p, f.len };
+    sl value = { v.p, v.len }, max = text_u64(len, LIM_STREAM_LEN);
+    must(!f.over && !v.over);
+    j->storing = j->store;
+    j->store = ST_NONE;
+    if (store_mode != STORE_SHARED) {
+        if (op == ST_DEL)
+            rds_send(RDS_MAIN, &store_op_write, idx, (sl[]){ SL("HDEL"),
+                key, field }, 3, now);
+        else
+            rds_send(RDS_MAIN, &store_op_write, idx, (sl[]){ SL("HSET"),
+                key, field, value }, 4, now);
+        return;
+    }
+    if (op != ST_NEW) {
+        rds_send(RDS_MAIN, &store_op_script, idx, (sl[]){ SL("EVAL"),
+            sl_str(store_script), SL("3"), key, lease_key(lease, j->shard),
+            sl_str(store_stream), { rep.id, sizeof rep.id }, field,
+            { j->delay_id, j->delay_len }, value, max }, 11, now);
+        return;
+    }
+    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("MULTI") }, 1, now);
+    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("HSET"), key, field,
+        value }, 4, now);
+    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("XADD"),
+        sl_str(store_stream), SL("MAXLEN"), SL("~"), max, SL("*"),
+        SL("job"), field, SL("record"), value }, 10, now);
+    rds_send(RDS_MAIN, &store_op_exec, idx, (sl[]){ SL("EXEC") }, 1, now);
+}
+
+/* Send as much as there is room for. */
+static void store_run(int64_t now)
+{
+    while (store_cnt && rds_is_up(RDS_MAIN) && now >= store_pause_at
+           && store_mode >= STORE_SHARED
+           && (store_mode == STORE_SINGLE || now < rep.until)
+           && rds_has_room(RDS_MAIN, 16384, 4)) {
+        uint16_t idx = store_ring[store_head];
+        store_head = (store_head + 1) % LIM_JOB_CNT;
+        store_cnt--;
+        store_in_ring[idx] = false;
+        if (job_pool[idx].store && !job_pool[idx].storing)
+            store_send(&job_pool[idx], now);
+    }
+}
+
+/* Ask whether the lease is still ours, then send. */
+static void store_done_lease(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    struct job *j = &job_pool[idx];
+    bool mine = e && e->type == RSP_BULK
+        && sl_eq(e->text, (sl){ rep.id, sizeof rep.id });
+    if (j->state != J_LEAVING || j->check != CK_SEND || !mine)
+        return;                          /* the next look-up asks again */
+    j->check = CK_NONE;
+    j->send_end = j->send_end < now + 1000 ? now + 1000 : j->send_end;
+    job_want(j, WANT_SEND, now);
+    job_watch(j);
+}
+
+static const struct rds_op store_op_lease = { "GET", 1, 0, 0, NULL,
+    store_done_lease };
+
+/* The SFU does not have the participant: the leave may be sent as soon as
+ * the lease is confirmed. Without Redis everybody may. */
+static void job_may_send(struct job *j, int64_t now)
+{
+    uint8_t key[24];
+    struct rsp mine = { RSP_BULK, 0, { rep.id, sizeof rep.id } };
+    if (store_mode != STORE_SHARED || store_is_away(now))
+        store_done_lease((uint16_t)job_idx(j), &mine, now);
+    else if (rds_is_up(RDS_MAIN) && rds_has_room(RDS_MAIN, 256, 1))
+        rds_send(RDS_MAIN, &store_op_lease, (uint16_t)job_idx(j),
+            (sl[]){ SL("GET"), lease_key(key, j->shard) }, 2, now);
+}
+
+/* ---- records read ---- */
+
+static struct load_cnt { unsigned restored, expired, bad; } load_cnt;
+
+/* The user of a record, as far as its identities tell: a legacy identity
+ * is `@local:server:device`. */
+static sl record_user(const struct record *r)
+{
+    sl id[] = { r->identity2, r->identity };
+    for (size_t i = 0; i < 2; i++) {
+        size_t cut = sl_find(id[i], ':');
+        sl rest = sl_skip(id[i], cut + 1);
+        if (sl_starts(id[i], SL("@")) && sl_starts(rest, r->server)
+            && sl_starts(sl_skip(rest, r->server.len), SL(":")))
+            return (sl){ id[i].p, cut + 1 + r->server.len };
+    }
+    return r->identity;
+}
+
+static void load_bad(const char *reason)
+{
+    load_cnt.bad++;
+    LOG(EV_REDIS_ENTRY_BAD, KV("reason", sl_str(reason)));
+}
+
+/* A record that has expired: delete it, if it still stands. */
+static void load_expired(const struct job_params *p, struct api *a)
+{
+    struct job *j = job_fill(p, a);
+    load_cnt.expired++;
+    if (!j)
+        return;
+    j->state = J_OVER;
+    job_store(j, ST_DEL);
+}
+
+/* One that was connected when it was written. */
+static void job_resume(struct job *j, const struct record *r, int64_t left_ms,
+    int64_t now)
+{
+    j->state = J_CONNECTED;
+    j->connected_at = now;
+    job_copy(j->sid, &j->sid_len, r->sid);
+    j->deadline = now + left_ms;
+    j->sanity_at = now + cfg.sanity_s * 1000;
+    job_want(j, WANT_RESTART, now);
+    job_doubt(j, 0, now);
+}
+
+/* Take over a stored job. Nothing is granted that a client could not have
+ * now (S19). */
+static void load_job(const struct record *r, int64_t now)
+{
+    struct job_params p = { .alias = r->alias, .identity = { r->identity,
+        r->identity2 }, .server = r->server, .delay_id = r->delay_id,
+        .user = record_user(r), .timeout_ms = r->timeout_ms };
+    int64_t wall = io_wall_ms(), at = r->restarted_s > INT32_MAX * 16LL
+        ? wall : r->restarted_s * 1000 + r->restarted_ns / 1000000;
+    struct job *old = job_find(p.alias, p.identity[0]);
+    struct api *a;
+    if (at > wall || wall / 1000 < LIM_BUILD_S)
+        at = wall;
+    if (!has_full_access(p.server)) {
+        load_bad("server has no full access");
+        return;
+    }
+    if (old && (old->store == ST_NEW || old->storing == ST_NEW
+                || sl_eq(p.delay_id, (sl){ old->delay_id, old->delay_len })))
+        return;
+    a = api_find(p.server, now);
+    if (!a || (!old && job_refuses(&p) != EV_NONE)) {
+        load_bad("no room");
+        return;
+    }
+    if (at + r->timeout_ms <= wall) {
+        load_expired(&p, a);
+        return;
+    }
+    if (old) {
+        job_log(EV_JOB_REPLACED, old, "");
+        job_end(old, NULL, now);
+    }
+    store_forget(p.alias, p.identity[0]);
+    struct job *j = job_make(&p, a, now);
+    if (!j) {
+        load_bad("no room");
+        return;
+    }
+    load_cnt.restored++;
+    j->restarted_wall_ms = at;
+    if (r->is_connected)
+        job_resume(j, r, at + r->timeout_ms - wall, now);
+    else
+        job_look(j, CK_WAIT, now);
+    gone_apply(j, now);
+    job_watch(j);
+}
+
+/* A field that is not spelled as ours: store the job under the canonical
+ * one, whose shard may be another, tell its owner, delete this. */
+static void load_rename(sl raw_field, sl field, sl raw_value, int64_t now)
+{
+    sl key = sl_str(store_key);
+    if (!rds_has_room(RDS_MAIN, 6 * LIM_RECORD_LEN, 3))
+        return;
+    rds_send(RDS_MAIN, &rds_op_ignored, 0, (sl[]){ SL("HSET"), key, field,
+        raw_value }, 4, now);
+    if (store_mode == STORE_SHARED)
+        rds_send(RDS_MAIN, &rds_op_ignored, 0, (sl[]){ SL("XADD"),
+            sl_str(store_stream), SL("*"), SL("job"), field, SL("record"),
+            raw_value }, 7, now);
+    rds_send(RDS_MAIN, &rds_op_ignored, 0, (sl[]){ SL("HDEL"), key,
+        raw_field }, 3, now);
+}
+
+/* Judge one field and value; both are changed. */
+static void load_record(sl raw_field, sl raw_value, int64_t now)
+{
+    static uint8_t field[LIM_RECORD_LEN], value[LIM_RECORD_LEN];
+    uint8_t own[8 * LIM_JOB_ID_LEN];
+    struct bb b = BB(own);
+    struct record r;
+    if (!raw_field.p || raw_field.len > LIM_RECORD_LEN || !raw_value.p
+        || raw_value.len > LIM_RECORD_LEN) {
+        load_bad("longer than 4 KB");
+        return;
+    }
+    memcpy(field, raw_field.p, raw_field.len);
+    memcpy(value, raw_value.p, raw_value.len);
+    const char *why = rec_parse(field, raw_field.len, value, raw_value.len,
+        &r);
+    if (why) {
+        load_bad(why);
+        return;
+    }
+    rec_put_field(&b, r.alias, r.identity);
+    bool canonical = sl_eq(raw_field, (sl){ b.p, b.len });
+    if (!canonical)
+        load_rename(raw_field, (sl){ b.p, b.len }, raw_value, now);
+    if (canonical || store_mode == STORE_SINGLE)
+        load_job(&r, now);
+}
+
+static uint8_t load_field[LIM_RECORD_LEN];
+static size_t load_field_len;        /* more than fits: too long */
+
+/* HGETALL: fields and values take turns. */
+static void load_item(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    uint8_t sum[32];
+    if (depth != 1 || e->type != RSP_BULK)
+        return;
+    if (path[0] % 2 == 0) {
+        load_field_len = e->text.p && e->text.len <= LIM_RECORD_LEN
+            ? e->text.len : SIZE_MAX;
+        if (load_field_len <= LIM_RECORD_LEN && load_field_len)
+            memcpy(load_field, e->text.p, load_field_len);
+        return;
+    }
+    sl field = { load_field, load_field_len };
+    if (load_field_len > LIM_RECORD_LEN) {
+        load_bad("longer than 4 KB");
+        return;
+    }
+    sha256(field, sum);
+    if (rep.loading >> sum[0] % LIM_SHARD_CNT & 1)
+        load_record(field, e->text, now);
+}
+
+static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    uint8_t num[3][20];
+    (void)idx;
+    rep.is_loading = false;
+    loop_wake(KIND_REPLICA, 0);
+    if (!e || (e->type == RSP_ERROR && sl_starts(e->text, SL("LOADING")))) {
+        rep.load |= rep.loading;         /* again */
+        rep.tick_at = now + 1000;
+        return;
+    }
+    if (e->type != RSP_ARRAY)
+        rds_log_refused("HGETALL", e);
+    if (!rep.is_loaded || load_cnt.restored || load_cnt.expired)
+        LOG(EV_JOBS_RESTORED, KV("count", text_u64(num[0],
+                load_cnt.restored)),
+            KV("expired", text_u64(num[1], load_cnt.expired)),
+            KV("bad", text_u64(num[2], load_cnt.bad)));
+    rep.is_loaded = true;
+}
+
+static const struct rds_op load_op = { "HGETALL", LIM_LOAD_FACTOR, 0, 0,
+    load_item, load_done };
+
+/* Read the records of the shards that are new here. */
+static void load_run(int64_t now)
+{
+    if (!rep.load || rep.is_loading || !rds_is_up(RDS_MAIN)
+        || !rds_has_room(RDS_MAIN, 256, 1)
+        || store_mode < (rep.is_caught_up ? STORE_SHARED : STORE_SINGLE))
+        return;
+    load_cnt = (struct load_cnt){ 0 };
+    rep.loading = rep.load;
+    rep.load = 0;
+    rep.is_loading = true;
+    rds_send(RDS_MAIN, &load_op, 0, (sl[]){ SL("HGETALL"),
+        sl_str(store_key) }, 2, now);
+}
+
+/* ---- webhooks, ours and the stream's ---- */
+
+/* Webhooks seen in the last LIM_SEEN_MS, 4-way sets: the same event again
+ * has the same answer and no effect. */
+static struct { uint8_t key[16]; int64_t until; } seen_cache[LIM_SEEN_CNT];
+
+/* Whether the event was seen; with `mark` it counts as seen from now on. */
+static bool webhook_seen(sl id, const uint8_t body_sum[32], bool mark,
+    int64_t now)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, id, { body_sum, 32 } };
+    hash_parts(part, 3, sum);
+    size_t set = be16(sum) % (LIM_SEEN_CNT / 4) * 4, best = set;
+    for (size_t i = set; i < set + 4; i++) {
+        if (seen_cache[i].until > now
+            && memcmp(seen_cache[i].key, sum, 16) == 0)
+            return true;
+        if (seen_cache[i].until < seen_cache[best].until)
+            best = i;
+    }
+    if (mark) {
+        memcpy(seen_cache[best].key, sum, 16);
+        seen_cache[best].until = now + LIM_SEEN_MS;
+    }
+    return false;
+}
+
+/* Let a verified webhook act, once. req: of the request it came by; mark:
+ * as seen, but for one that others must still get. */
+static void webhook_act(const struct webhook *w, const uint8_t sum[32],
+    sl req, bool mark, int64_t wall_ms, int64_t now)
+{
+    if (w->id.len && webhook_seen(w->id, sum, mark, now)) {
+        LOG(EV_WEBHOOK_DUPLICATE, KV("req", req));
+        return;
+    }
+    LOG(EV_WEBHOOK, KV("req", req), KV("kind", w->event));
+    job_webhook(w, wall_ms, now);
+}
+
+/* One webhook of the stream: others may write there, so it is judged as if
+ * it came from the network. */
+static void stream_webhook(sl token, sl body, int64_t wall_ms, int64_t now)
+{
+    struct webhook w;
+    uint8_t sum[32], want[36];
+    const char *why = body.p ? jwt_check_webhook(token, cfg.key, cfg.key_cnt,
+        io_wall_ms() / 1000, want) : "body too long";
+    if (!why) {
+        sha256(body, sum);
+        if (!ct_eq(sum, want, 32))
+            why = "body hash";
+    }
+    if (!why && !webhook_parse((uint8_t *)(uintptr_t)body.p, body.len, &w))
+        why = "body";
+    if (why)
+        LOG(EV_WEBHOOK_BAD, KV("source", SL("stream")),
+            KV("reason", sl_str(why)));
+    else
+        webhook_act(&w, sum, (sl){ NULL, 0 }, true, wall_ms, now);
+}
+
+static bool place_is_after(struct place a, struct place b)
+{
+    return a.ms > b.ms || (a.ms == b.ms && a.seq > b.seq);
+}
+
+/* Parse a stream id, `ms-seq`. */
+MUST_USE static bool place_parse(sl s_raw, struct place *out)
+{
+    size_t cut = sl_find(s_raw, '-');
+    return sl_u64((sl){ s_raw.p, cut }, INT64_MAX, &out->ms)
+        && sl_u64(sl_skip(s_raw, cut + 1), INT64_MAX, &out->seq);
+}
+
+/* A notice of a delegation, for whoever has its shard. One that was already
+ * there when the shard's records were read is stale. */
+static void stream_job(sl field, sl value, struct place at, int64_t now)
+{
+    uint8_t sum[32];
+    sha256(field, sum);
+    unsigned shard = sum[0] % LIM_SHARD_CNT;
+    if (rep.mine >> shard & 1 && place_is_after(at, rep.from[shard]))
+        load_record(field, value, now);
+}
+
+/* The entry of the stream that is being read: its first value. */
+static struct {
+    struct place at;
+    uint8_t key;                     /* t j: name of the first; else 0 */
+    uint8_t next;                    /* first letter of the value to come */
+    size_t len;
+    uint8_t text[LIM_RECORD_LEN];
+} stream_entry;
+static unsigned stream_cnt;
+
+/* XREAD: streams, of them name and entries, of them id and fields. */
+static void stream_item(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    if (depth == 4 && path[3] == 0) {
+        if (stream_cnt++)
+            rep.last = stream_entry.at;
+        stream_entry.key = stream_entry.next = 0;
+        if (e->type != RSP_BULK || !place_parse(e->text, &stream_entry.at))
+            rds_pool[RDS_STREAM].fault = "malformed stream id";
+    }
+    if (depth != 5 || e->type != RSP_BULK)
+        return;
+    if (path[4] % 2 == 0) {
+        stream_entry.next = sl_eq(e->text, SL("token")) ? 't'
+            : sl_eq(e->text, SL("body")) ? 'b'
+            : sl_eq(e->text, SL("job")) ? 'j'
+            : sl_eq(e->text, SL("record")) ? 'r' : 0;
+        return;
+    }
+    bool fits = e->text.p && e->text.len <= sizeof stream_entry.text;
+    if (path[4] == 1) {
+        stream_entry.key = fits ? stream_entry.next : 0;
+        stream_entry.len = fits ? e->text.len : 0;
+        if (stream_entry.len)
+            memcpy(stream_entry.text, e->text.p, stream_entry.len);
+    } else if (path[4] == 3 && stream_entry.key == 't' && stream_entry.next == 'b') {
+        stream_webhook((sl){ stream_entry.text, stream_entry.len }, e->text,
+            (int64_t)stream_entry.at.ms, now);
+    } else if (path[4] == 3 && stream_entry.key == 'j' && stream_entry.next == 'r') {
+        stream_job((sl){ stream_entry.text, stream_entry.len }, e->text, stream_entry.at, now);
+    }
+}
+
+static void stream_done(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    (void)idx;
+    (void)now;
+    rep.is_reading = false;
+    loop_wake(KIND_REPLICA, 0);
+    if (!e) {
+        stream_cnt = 0;                   /* the last may be cut: again */
+        return;
+    }
+    if (e->type == RSP_ERROR && !store_is_refused(e)) {
+        rds_log_refused("XREAD", e);
+        rds_pool[RDS_STREAM].fault = "XREAD refused";
+        return;
+    }
+    if (stream_cnt)
+        rep.last = stream_entry.at;
+    rep.is_caught_up |= stream_cnt < LIM_STREAM_CNT;
+    stream_cnt = 0;
+}
+
+static const struct rds_op stream_op = { "XREAD", 1, LIM_BLOCK_MS,
+    LIM_HUGE_LEN, stream_item, stream_done };
+
+/* Read on. It waits for events once all older ones were read. */
+static void stream_run(int64_t now)
+{
+    uint8_t text[48], num[2][20];
+    struct bb b = BB(text);
+    if (store_mode != STORE_SHARED || rep.is_reading || rep.last.ms == 0
+        || !rds_is_up(RDS_STREAM) || !rds_has_room(RDS_STREAM, 512, 1))
+        return;
+    bb_u64(&b, rep.last.ms);
+    bb_byte(&b, '-');
+    bb_u64(&b, rep.last.seq);
+    sl word[] = { SL("XREAD"), SL("COUNT"),
+        text_u64(num[0], LIM_STREAM_CNT), SL("BLOCK"),
+        text_u64(num[1], LIM_BLOCK_MS), SL("STREAMS"), sl_str(store_stream),
+        { text, b.len } };
+    if (!rep.is_caught_up) {             /* leave BLOCK out */
+        memmove(&word[3], &word[5], 3 * sizeof word[0]);
+        rds_send(RDS_STREAM, &stream_op, 0, word, 6, now);
+    } else {
+        rds_send(RDS_STREAM, &stream_op, 0, word, 8, now);
+    }
+    rep.is_reading = true;
+}
+
+/* Whether webhooks go by the stream. */
+static bool stream_is_shared(void)
+{
+    return store_mode == STORE_SHARED && rds_is_up(RDS_MAIN);
+}
+
+/* ---- leases ---- */
+
+/* Renew what is ours, give KEYS[..]ARGV[3] away, take what is free up to a
+ * fair share. ARGV[2] `go`: give all away. Returns live replicas, Redis'
+ * time, the stream's last id, when the next foreign lease may end, how many
+ * leases were renewed, then the shards: renewed ones, then new ones. */
+static const char rep_script[] =
+    "local t=redis.call('TIME') "
+    "local now=t[1]*1000+math.floor(t[2]/1000) "
+    "local me,go=ARGV[1],ARGV[2]=='go' "
+    "if go then redis.call('ZREM',KEYS[1],me) "
+    "else redis.call('ZADD',KEYS[1],now,me) end "
+    "redis.call('ZREMRANGEBYSCORE',KEYS[1],'-inf',now-ARGV[4]) "
+    "local n=redis.call('ZCARD',KEYS[1]) "
+    "local own,free,soon={},{},ARGV[4]*1 "
+    "for s=0,63 do local k='lk-jwt:lease:'..s "
+    "local v=redis.call('GET',k) "
+    "if v==me and (go or ARGV[3]==tostring(s)) then redis.call('DEL',k) "
+    "elseif v==me then redis.call('PEXPIRE',k,ARGV[4]) own[#own+1]=s "
+    "elseif not v then free[#free+1]=s "
+    "else soon=math.min(soon,math.max(redis.call('PTTL',k),0)) end end "
+    "local kept=#own "
+    "if not go then local share=math.ceil(64/n) "
+    "for i=1,math.min(#free,share-kept) do local s=free[i] "
+    "redis.call('SET','lk-jwt:lease:'..s,me,'PX',ARGV[4]) own[#own+1]=s "
+    "end end "
+    "local last=redis.call('XREVRANGE',KEYS[2],'+','-','COUNT',1) "
+    "local r={n,string.format('%.0f',now),last[1] and last[1][1] or '0-0',"
+    "soon,kept} "
+    "for i=1,#own do r[#r+1]=own[i] end return r";
+
+/* A tick's answer, as it comes in. */
+static struct {
+    int64_t cnt, soon, kept;
+    uint64_t renewed, taken;
+    struct place now, last;
+    bool is_bad, is_last;            /* last: gives all leases away */
+} tick;
+
+static void rep_item(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    (void)now;
+    unsigned i = path[0];
+    if (depth != 1)
+        return;
+    if (i == 1)
+        tick.is_bad |= e->type != RSP_BULK
+            || !sl_u64(e->text, INT64_MAX, &tick.now.ms);
+    else if (i == 2)
+        tick.is_bad |= e->type != RSP_BULK
+            || !place_parse(e->text, &tick.last);
+    else if (e->type != RSP_INT || e->n < 0)
+        tick.is_bad = true;
+    else if (i == 0)
+        tick.cnt = e->n;
+    else if (i == 3)
+        tick.soon = e->n;
+    else if (i == 4)
+        tick.kept = e->n;
+    else if (e->n >= LIM_SHARD_CNT)
+        tick.is_bad = true;
+    else if (i - 5 < (uint64_t)tick.kept)
+        tick.renewed |= 1ULL << e->n;
+    else
+        tick.taken |= 1ULL << e->n;
+}
+
+/* Another Redis, or one that forgot: write all again, believe nothing. */
+static void rep_changed(int64_t now)
+{
+    if (rep.changed_serial == rep.serial)
+        return;
+    LOG0(EV_REDIS_CHANGED);
+    rep.changed_serial = rep.serial;
+    rep.changed_at = now;
+    rep.last.ms = 0;                     /* set by the next tick */
+    for (size_t i = 0; i < job_top; i++)
+        if (job_pool[i].state != J_FREE && job_pool[i].state != J_OVER) {
+            job_store(&job_pool[i], ST_SET);
+            job_doubt(&job_pool[i], LIM_RECHECK_MS, now);
+        }
+}
+
+/* Let go of the jobs of these shards. After a change of Redis the new owner
+ * may not know them: it is told. */
+static void rep_drop(uint64_t shards, int64_t now)
+{
+    bool changed = rep.changed_at && now - rep.changed_at < LIM_RECHECK_MS;
+    for (size_t i = 0; shards && i < job_top; i++) {
+        struct job *j = &job_pool[i];
+        if (j->state == J_FREE || j->state == J_OVER
+            || !(shards >> j->shard & 1) || j->store == ST_NEW
+            || j->storing == ST_NEW)
+            continue;
+        job_log(EV_JOB_HANDED, j, "");
+        if (changed)                     /* its write ends it */
+            job_store(j, ST_SET);
+        else
+            job_end(j, NULL, now);
+    }
+}
+
+static int64_t bits_in(uint64_t v)
+{
+    int64_t n = 0;
+    for (; v; v &= v - 1)
+        n++;
+    return n;
+}
+
+/* Use a tick's answer. */
+static void rep_leases(int64_t now)
+{
+    uint8_t num[2][20];
+    uint64_t own = tick.renewed | tick.taken, before = rep.mine;
+    if (tick.taken & before && !rep.is_leaving)
+        rep_changed(now);                /* a lease was gone */
+    rep_drop(before & ~own, now);
+    rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
+    rep.mine = own;
+    rep.load = (rep.load & own) | tick.taken;
+    for (unsigned s = 0; s < LIM_SHARD_CNT; s++)
+        if (tick.taken >> s & 1)
+            rep.from[s] = tick.last;
+    rep.cnt = tick.cnt;
+    if (rep.last.ms == 0)
+        rep.last.ms = tick.now.ms > LIM_GONE_MS ? tick.now.ms - LIM_GONE_MS
+            : 1;
+    if (tick.soon < LIM_TICK_MS && rep.tick_at > now + tick.soon + 20)
+        rep.tick_at = now + tick.soon + 20;
+    met.gauge[GA_REPLICAS] = rep.cnt;
+    met.gauge[GA_SHARDS] = bits_in(own);
+    if (own != before)
+        LOG(EV_SHARDS, KV("held", text_u64(num[0], (uint64_t)bits_in(own))),
+            KV("replicas", text_u64(num[1], (uint64_t)rep.cnt)));
+}
+
+static void rep_done(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    (void)idx;
+    rep.is_ticking = false;
+    loop_wake(KIND_REPLICA, 0);
+    if (!e || store_mode == STORE_SINGLE || store_is_refused(e))
+        return;
+    if (e->type != RSP_ARRAY || tick.is_bad) {
+        rds_log_refused("EVAL", e);
+        rds_pool[RDS_MAIN].fault = "leases refused";
+        return;
+    }
+    rep.has_left = tick.is_last;
+    if (tick.is_last)
+        return;
+    store_mode = STORE_SHARED;
+    rep_leases(now);
+    rds_start(RDS_STREAM, now);
+}
+
+static const struct rds_op rep_op = { "EVAL", 1, 0, 0, rep_item, rep_done };
+
+/* A shard to give away: one of too many, none of whose jobs Redis has yet
+ * to be told of. Its jobs end here at once. */
+static void rep_give(int64_t now)
+{
+    int64_t share = (LIM_SHARD_CNT + rep.cnt - 1) / (rep.cnt ? rep.cnt : 1);
+    uint64_t busy = 0;
+    rep.release = -1;
+    if (bits_in(rep.mine) <= share || rep.is_loading || rep.load)
+        return;
+    for (size_t i = 0; i < job_top; i++)
+        if (job_pool[i].state != J_FREE
+            && (job_pool[i].store || job_pool[i].storing))
+            busy |= 1ULL << job_pool[i].shard;
+    for (int s = 0; s < LIM_SHARD_CNT && rep.release < 0; s++)
+        if (rep.mine >> s & ~busy >> s & 1)
+            rep.release = s;
+    if (rep.release < 0)
+        return;
+    rep.mine &= ~(1ULL << rep.release);
+    rep_drop(1ULL << rep.release, now);
+}
+
+/* Renew the leases. */
+static void rep_tick(int64_t now)
+{
+    uint8_t shard[20], ttl[20];
+    if (rep.is_ticking || now < rep.tick_at || store_mode == STORE_SINGLE
+        || !rds_is_up(RDS_MAIN) || !rds_has_room(RDS_MAIN, 4096, 1))
+        return;
+    rep_give(now);
+    memset(&tick, 0, sizeof tick);
+    tick.is_last = rep.is_leaving;
+    rep.is_ticking = true;
+    rep.sent_at = now;
+    rep.tick_at = now + LIM_TICK_MS;
+    rds_send(RDS_MAIN, &rep_op, 0, (sl[]){ SL("EVAL"), sl_str(rep_script),
+        SL("2"), sl_str(store_replicas), sl_str(store_stream),
+        { rep.id, sizeof rep.id }, rep.is_leaving ? SL("go") : SL("stay"),
+        rep.release < 0 ? SL("none") : text_u64(shard,
+            (uint64_t)rep.release), text_u64(ttl, LIM_LEASE_MS) }, 9, now);
+}
+
+/* INFO server: whose Redis this is. */
+static void rep_done_info(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    sl text = e ? e->text : (sl){ NULL, 0 }, line, id = { NULL, 0 };
+    (void)idx;
+    while (e && e->type == RSP_BULK && sl_word(&text, "\r\n", &line))
+        if (sl_starts(line, SL("run_id:")))
+            id = sl_skip(line, 7);
+    if (!e || id.len > sizeof rep.run_id)
+        return;
+    bool same = id.len && sl_eq(id, (sl){ rep.run_id, rep.run_id_len });
+    if (rep.serial > 1 && !same)
+        rep_changed(now);
+    rep.run_id_len = id.len;
+    if (id.len)
+        memcpy(rep.run_id, id.p, id.len);
+}
+
+static const struct rds_op rep_op_info = { "INFO", 1, 0, 0, NULL,
+    rep_done_info };
+
+/* Redis is there, perhaps again. What happened meanwhile went past. */
+static void rep_connected(int64_t now)
+{
+    rep.serial = rds_pool[RDS_MAIN].serial;
+    rep.tick_at = now;
+    rep.until = 0;                       /* nothing is ours until it says so */
+    rep.is_told = false;
+    store_pause_at = now;
+    rds_send(RDS_MAIN, &rep_op_info, 0, (sl[]){ SL("INFO"), SL("server") },
+        2, now);
+    for (size_t i = 0; rep.serial > 1 && rep.cnt > 1 && i < job_top; i++)
+        job_doubt(&job_pool[i], LIM_RECHECK_MS, now);
+}
+
+/* Redis is away for good: every job may act, and no waiter waits. */
+static void rep_away(int64_t now)
+{
+    for (size_t i = 0; i < job_top; i++) {
+        job_tell_waiter(&job_pool[i]);
+        if (!rep.is_told && store_is_away(now))
+            loop_wake(KIND_JOB, i);
+    }
+    rep.is_told |= store_is_away(now);
+}
+
+/* All that concerns Redis and the other replicas, after a wake or a time. */
+static enum step rep_step(size_t idx, int revents, int64_t now)
+{
+    const struct rds *main = &rds_pool[RDS_MAIN];
+    int64_t at = INT64_MAX;
+    (void)idx;
+    (void)revents;
+    if (main->state == RD_OFF)
+        return STEP_WAIT;
+    if (main->state == RD_UP) {
+        if (rep.serial != main->serial)
+            rep_connected(now);
+        rep_tick(now);
+        load_run(now);
+        store_run(now);
+        at = store_mode != STORE_SINGLE && !rep.is_ticking ? rep.tick_at
+            : at;
+        if (store_cnt && store_pause_at < at)
+            at = store_pause_at;
+    } else {
+        rep_away(now);
+        at = rep.is_told ? at : main->down_at + LIM_OUTAGE_MS;
+    }
+    stream_run(now);
+    loop_set(KIND_REPLICA, 0, -1, 0, at);
+    return STEP_WAIT;
+}
+
+/* Whether all that is stored was taken over, and what expired deleted. */
+static bool rep_is_ready(void)
+{
+    return (store_mode == STORE_SINGLE ? rep.is_loaded
+            : store_mode == STORE_SHARED && rep.is_caught_up)
+        && !rep.is_loading && rep.load == 0 && met.gauge[GA_UNSAVED] == 0;
+}
+
+/* We are about to stop: restarts that are due soon come now. */
+static void job_stop(int64_t now)
+{
+    for (size_t i = 0; i < job_top; i++) {
+        struct job *j = &job_pool[i];
+        struct job_hot *h = &job_hot[i];
+        if (j->state != J_CONNECTED || h->is_out || !job_may_act(j, now)
+            || j->restart_at > now + LIM_STOP_RESTART_MS)
+            continue;
+        h->is_last = true;
+        job_want(j, WANT_RESTART, now);
+    }
+}
+
+/* Whether nothing is left to do for jobs before we stop. */
+static bool job_is_settled(int64_t now)
+{
+    for (size_t i = 0; i < job_top; i++)
+        if (job_hot[i].is_used && (job_hot[i].is_last || job_hot[i].is_out))
+            return false;
+    if (store_mode < STORE_SHARED || !rds_is_up(RDS_MAIN))
+        return true;
+    if (met.gauge[GA_UNSAVED])
+        return false;
+    if (store_mode == STORE_SINGLE || rep.has_left)
+        return true;
+    if (!rep.is_leaving) {
+        rep.is_leaving = true;
+        rep.tick_at = now;
+        loop_wake(KIND_REPLICA, 0);
+    }
+    return false;
 }
 
 
@@ -7908,9 +10273,6 @@ struct conn {
 static struct conn conn_pool[LIM_SLOT_CNT];
 static uint8_t conn_in[LIM_SLOT_CNT][LIM_IN_LEN];
 static uint8_t conn_out[LIM_SLOT_CNT][LIM_OUT_LEN];
-
-/* Set by SIGTERM: 1 lame duck, 2 draining. */
-static int srv_stopping;
 
 enum { M_GET = 1, M_HEAD = 2, M_POST = 4, M_OPTIONS = 8 };
 
@@ -8631,10 +10993,11 @@ static const struct route route_tab[] = {
  * X4  X_ROOM       section 19       reply         X5 once, then 500
  * X5  X_ROOM_PAUSE 200 ms           X4            -
  * X6  X_API        section 18, APIs X3, reply     400
+ * X7  X_STORE      Redis            reply         reply: memory has it
  * X6 stands between X2 and X3 when a delayed event is handed over.
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
-    X_ROOM_PAUSE, X_API };
+    X_ROOM_PAUSE, X_API, X_STORE };
 enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE };
 
 /* A token request's members; slices borrow from the request body. */
@@ -9028,19 +11391,9 @@ static void exchange_delegate(struct exchange *x, int64_t now)
     }
 }
 
-/* Start the job, then answer. */
-static void exchange_accept(struct exchange *x, int64_t now)
+/* The job has begun: answer. */
+static void exchange_delegated(struct exchange *x, int64_t now)
 {
-    struct job_params p;
-    uint8_t ids[2][LIM_JOB_ID_LEN];
-    if (srv_stopping == 2) {
-        exchange_fail(x, EV_STOP_REFUSED, RE_STOPPING, now);
-        return;
-    }
-    if (!exchange_job(x, &p, ids) || !job_accept(&p, x->api, now)) {
-        exchange_refuse(x, EV_JOBS_FULL, RE_NO_DELEGATION, RE_LIMITED, now);
-        return;
-    }
     if (x->endpoint != EP_DELEGATE) {
         exchange_grant(x, now);
         return;
@@ -9048,6 +11401,33 @@ static void exchange_accept(struct exchange *x, int64_t now)
     struct conn *c = exchange_conn(x);
     exchange_end(x, now);
     conn_answer(c, &(struct answer){ 200, "", SL("{}") }, now);
+}
+
+/* Start the job; answer once Redis has it, or cannot be asked. */
+static void exchange_accept(struct exchange *x, int64_t now)
+{
+    size_t idx = (size_t)(x - exchange_pool);
+    struct job *j = NULL;
+    struct job_params p;
+    uint8_t ids[2][LIM_JOB_ID_LEN];
+    if (srv_stopping == 2) {
+        exchange_fail(x, EV_STOP_REFUSED, RE_STOPPING, now);
+        return;
+    }
+    if (exchange_job(x, &p, ids))
+        j = job_accept(&p, x->api, now);
+    if (!j) {
+        exchange_refuse(x, EV_JOBS_FULL, RE_NO_DELEGATION, RE_LIMITED, now);
+        return;
+    }
+    if (!j->store || !rds_is_up(RDS_MAIN)) {
+        exchange_delegated(x, now);
+        return;
+    }
+    j->waiter = (uint16_t)(idx + 1);
+    store_is_done[idx] = false;
+    x->end = INT64_MAX;
+    exchange_set(x, X_STORE);
 }
 
 /* The homeserver vouched for x->user: decide what the user may have.
@@ -9175,6 +11555,10 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
         if (now >= x->since)
             exchange_room(x, now);
         break;
+    case X_STORE:
+        if (store_is_done[idx])
+            exchange_delegated(x, now);
+        break;
     }
     return STEP_WAIT;
 }
@@ -9286,61 +11670,108 @@ static void srv_delegate(struct conn *c, int64_t now)
     exchange_start(c, EP_DELEGATE, now);
 }
 
-/* Webhooks seen in the last LIM_SEEN_MS, 4-way sets: the same event again
- * has the same answer and no effect. */
-static struct { uint8_t key[16]; int64_t until; } seen_cache[LIM_SEEN_CNT];
-
-/* Whether the event was seen; it counts as seen from now on. */
-static bool webhook_seen(sl id, const uint8_t body_sum[32], int64_t now)
-{
-    uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, id, { body_sum, 32 } };
-    hash_parts(part, 3, sum);
-    size_t set = be16(sum) % (LIM_SEEN_CNT / 4) * 4, best = set;
-    for (size_t i = set; i < set + 4; i++) {
-        if (seen_cache[i].until > now
-            && memcmp(seen_cache[i].key, sum, 16) == 0)
-            return true;
-        if (seen_cache[i].until < seen_cache[best].until)
-            best = i;
-    }
-    memcpy(seen_cache[best].key, sum, 16);
-    seen_cache[best].until = now + LIM_SEEN_MS;
-    return false;
-}
-
-/* POST /sfu_webhook: 200 whatever it was, so that LiveKit does not repeat
- * it; nothing happens before signature and body hash hold. */
-static void srv_webhook(struct conn *c, int64_t now)
+/* Take a verified webhook that no stream carries. With other replicas that
+ * do not get it the SFU is asked to send it again. */
+static void webhook_alone(struct conn *c, const uint8_t sum[32], int64_t now)
 {
     struct webhook w;
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
+    bool shared = store_mode == STORE_SHARED && rep.cnt > 1;
+    if (webhook_parse(body, c->body.len, &w)) {
+        webhook_act(&w, sum, request_id(c), !shared, io_wall_ms(), now);
+    } else {
+        shared = false;
+        LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)),
+            KV("reason", SL("body")));
+    }
+    conn_answer(c, &(struct answer){ shared ? 503 : 200, "", { NULL, 0 } },
+        now);
+}
+
+/* Redis has the webhook, or not. */
+static void webhook_done(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    struct conn *c = &conn_pool[idx];
+    uint8_t sum[32];
+    must(c->state == C_WAIT);
+    if (e && e->type == RSP_BULK) {
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+        return;
+    }
+    if (e && !store_is_refused(e))
+        store_refused("XADD", e, now);
+    sha256((sl){ intake_body(&c->body, conn_in[idx], c->head_len),
+        c->body.len }, sum);
+    webhook_alone(c, sum, now);
+}
+
+/* Append a verified webhook to the stream, unchanged; all replicas, this
+ * one too, read it there. The body is judged first, on a copy, since
+ * reading changes it. NULL: answered later, else what is wrong. */
+static const char *webhook_share(struct conn *c, const uint8_t sum[32],
+    int64_t now)
+{
+    static const struct rds_op op = { "XADD", 1, 0, 0, NULL, webhook_done };
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    sl body = { intake_body(&c->body, conn_in[conn_idx(c)], c->head_len),
+        c->body.len };
+    sl token = h1_get(in, &c->head, H1_AUTHORIZATION);
+    uint8_t big = body.len > sizeof scratch ? big_take(body.len) : 0;
+    uint8_t *copy = big ? big_buf(big) : scratch;
+    uint8_t max[20];
+    struct webhook w;
+    if (!rds_has_room(RDS_MAIN, body.len + token.len + 512, 1)
+        || (body.len > sizeof scratch && !big)) {
+        big_free(&big);
+        LOG(EV_BODY_POOL, KV("req", request_id(c)));
+        conn_answer(c, &(struct answer){ 503, "", { NULL, 0 } }, now);
+        return NULL;
+    }
+    memcpy(copy, body.p, body.len);
+    bool ok = webhook_parse(copy, body.len, &w);
+    bool seen = ok && w.id.len && webhook_seen(w.id, sum, false, now);
+    big_free(&big);
+    if (!ok)
+        return "body";
+    if (seen) {
+        LOG(EV_WEBHOOK_DUPLICATE, KV("req", request_id(c)));
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+        return NULL;
+    }
+    rds_send(RDS_MAIN, &op, (uint16_t)conn_idx(c), (sl[]){ SL("XADD"),
+        sl_str(store_stream), SL("MAXLEN"), SL("~"),
+        text_u64(max, LIM_STREAM_LEN), SL("*"), SL("token"), token,
+        SL("body"), body }, 10, now);
+    return NULL;
+}
+
+/* POST /sfu_webhook: 200 whatever it was, so that LiveKit does not repeat
+ * it, but for one that could not be kept; nothing happens before signature
+ * and body hash hold. */
+static void srv_webhook(struct conn *c, int64_t now)
+{
     uint8_t sum[32], want[36];
-    br_sha256_context h;
-    br_sha256_init(&h);
-    br_sha256_update(&h, body, c->body.len);
-    br_sha256_out(&h, sum);
+    sha256((sl){ intake_body(&c->body, conn_in[conn_idx(c)], c->head_len),
+        c->body.len }, sum);
     const char *why = webhook_token(c, want);
     if (!why && !ct_eq(sum, want, 32))
         why = "body hash";
-    if (!why && !webhook_parse(body, c->body.len, &w))
-        why = "body";
-    if (why) {
-        LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)),
-            KV("reason", sl_str(why)));
-    } else if (w.id.len && webhook_seen(w.id, sum, now)) {
-        LOG(EV_WEBHOOK_DUPLICATE, KV("req", request_id(c)));
-    } else {
-        LOG(EV_WEBHOOK, KV("req", request_id(c)), KV("kind", w.event));
-        job_webhook(&w, now);
+    if (!why && !stream_is_shared()) {
+        webhook_alone(c, sum, now);
+        return;
     }
+    if (!why)
+        why = webhook_share(c, sum, now);
+    if (!why)
+        return;
+    LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)), KV("reason", sl_str(why)));
     conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
 }
 
 /* ==== 23 IO ======================== PART III: WORLD ==================
  * Purpose  The system calls, each behind one function; EINTR is retried.
- * INV-I1   connect(2) is called in io_connect only, on the address that
- *          net_allowed judged.
+ * INV-I1   Network addresses are connected to in io_connect only, as
+ *          net_allowed judged them; a unix socket is the operator's.
  */
 
 static int64_t io_clock(clockid_t id, int64_t per_second)
@@ -9454,6 +11885,31 @@ static int io_connect(const struct addr *a, const struct trust *t, bool udp)
         return -err;
     }
     return fd;
+}
+
+/* Fill a unix socket address. False: the path is too long. */
+static bool io_unix_addr(sl path, struct sockaddr_un *out)
+{
+    memset(out, 0, sizeof *out);
+    out->sun_family = AF_UNIX;
+    if (path.len >= sizeof out->sun_path)
+        return false;
+    memcpy(out->sun_path, path.p, path.len);
+    return true;
+}
+
+/* Begin a connection to a unix socket. Returns the descriptor or -errno. */
+static int io_connect_unix(sl path)
+{
+    struct sockaddr_un sa;
+    if (!io_unix_addr(path, &sa))
+        return -ENAMETOOLONG;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
+        return fd;
+    int err = errno;
+    io_close(&fd);
+    return -err;
 }
 
 /* How a pending connection ended: 0 or -errno. */
@@ -9609,17 +12065,6 @@ static int io_listen(const struct addr *a, bool is_dual)
     return fd;
 }
 
-/* Fill a unix socket address. False: the path is too long. */
-static bool io_unix_addr(sl path, struct sockaddr_un *out)
-{
-    memset(out, 0, sizeof *out);
-    out->sun_family = AF_UNIX;
-    if (path.len >= sizeof out->sun_path)
-        return false;
-    memcpy(out->sun_path, path.p, path.len);
-    return true;
-}
-
 /* Listen on a unix socket, mode 0666 less the umask. A stale socket that
  * nobody listens on is removed first. */
 static int io_listen_unix(sl path)
@@ -9765,12 +12210,13 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       "seconds for requests in flight after that") \
     X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "yes: short secrets, `*`, TLS-off, ws:// to a public host are fatal") \
-    X(LIVEKIT_REDIS_URL, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: jobs live in memory") \
-    X(LIVEKIT_REDIS_PASSWORD, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: jobs live in memory") \
-    X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: jobs live in memory") \
+    X(LIVEKIT_REDIS_URL, ENV_SECRET, NULL, NULL, 0, 0, 0, "", \
+      "redis(s)://[user:password@]host[:port][/db] or unix://path: keeps " \
+      "delegated leaves") \
+    X(LIVEKIT_REDIS_PASSWORD, ENV_SECRET, NULL, NULL, 0, 0, 0, "", \
+      "password, instead of the URL's") \
+    X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file holding it") \
     X(LIVEKIT_AS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
       "has no effect in this version: application service") \
     X(LIVEKIT_HS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
@@ -10106,6 +12552,43 @@ static void cfg_livekit_url(void)
             "must be ws(s):// or http(s)://host[:port][/path]");
 }
 
+/* Redis: its URL, and the password's own variable or file. The text kept
+ * is a copy: the environment is wiped. */
+static void cfg_redis(void)
+{
+    sl url = env_get("LIVEKIT_REDIS_URL"), plain, file, value;
+    struct bb text = { cfg_text + cfg_text_len,
+        0, sizeof cfg_text - cfg_text_len, false };
+    plain = env_get("LIVEKIT_REDIS_PASSWORD");
+    file = env_get("LKJWT_REDIS_PASSWORD_FROM_FILE");
+    bool has_value = plain.len > 0;
+    cfg.has_redis = url.len > 0;
+    if (plain.len && file.len)
+        cfg_say(EV_CONFIG_BAD, "LKJWT_REDIS_PASSWORD_FROM_FILE",
+            "set together with LIVEKIT_REDIS_PASSWORD; keep one");
+    if (url.len == 0)
+        return;
+    bb_put(&text, url);
+    url = (sl){ text.p, text.len };
+    bb_put(&text, plain);
+    value = (sl){ url.p + url.len, plain.len };
+    bb_byte(&text, 0);
+    const char *fault = text.over ? "too long"
+        : cf_redis_url(url, &text, &cfg.redis);
+    if (fault)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL", fault);
+    cfg_text_len += text.len;
+    if (file.len && !fault) {
+        has_value = cfg_read_value("LKJWT_REDIS_PASSWORD_FROM_FILE", file,
+            &value);
+        if (has_value && value.len == 0)
+            cfg_say(EV_CONFIG_BAD, "LKJWT_REDIS_PASSWORD_FROM_FILE",
+                "file is empty");
+    }
+    if (has_value)
+        cfg.redis.sec_password = value;
+}
+
 static void cfg_access(void)
 {
     struct name n;
@@ -10329,6 +12812,7 @@ MUST_USE static bool cfg_load(void)
     cfg_livekit_url();
     cfg_access();
     cfg_keys();
+    cfg_redis();
     cfg_binds();
     while (cfg.prefix.len && cfg.prefix.p[cfg.prefix.len - 1] == '/')
         cfg.prefix.len--;
@@ -10529,12 +13013,14 @@ static const struct dispatch_row {
     [KIND_QUERY]    = { LIM_QUERY_CNT, query_step, NULL },
     [KIND_JOB]      = { LIM_JOB_CNT, job_step, NULL },
     [KIND_API]      = { LIM_API_CNT, api_step, NULL },
+    [KIND_REDIS]    = { LIM_REDIS_CNT, rds_step, NULL },
+    [KIND_REPLICA]  = { 1, rep_step, NULL },
     [KIND_SIGNAL]   = { 1, signal_step, NULL },
 };
 
 enum { WATCH_CNT = LIM_LISTEN_CNT + 2 * LIM_SLOT_CNT + LIM_UP_CNT
     + LIM_UP_ALL * (1 + LIM_TRY_CNT) + LIM_CHAN_CNT + LIM_QUERY_CNT
-    + LIM_JOB_CNT + LIM_API_CNT + 1 };
+    + LIM_JOB_CNT + LIM_API_CNT + LIM_REDIS_CNT + 2 };
 
 /* One watched object. Places are index + 1; 0: not in that table. */
 static struct watch {
@@ -10715,7 +13201,8 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof dns_cache + sizeof wk_cache + sizeof session_cache
     + sizeof sig_cache + sizeof seen_cache + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
-    + sizeof job_hot + sizeof watch_tab + sizeof poll_tab
+    + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
+    + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof poll_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
     "pools exceed the promise");
 
@@ -10798,6 +13285,7 @@ static void loop_drain(int64_t now)
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
         if (conn_pool[i].state == C_HEAD && conn_pool[i].in_len == 0)
             conn_close(&conn_pool[i]);
+    job_stop(now);
     loop_set(KIND_SIGNAL, 0, -1, 0, now + cfg.drain_ms);
 }
 
@@ -10824,7 +13312,8 @@ static enum step signal_step(size_t idx, int revents, int64_t now)
         next = now + cfg.drain_ms;
     }
     if (srv_stopping == 2)
-        loop_is_over = met.gauge[GA_CONNECTIONS] == 0 || now >= next;
+        loop_is_over = (met.gauge[GA_CONNECTIONS] == 0
+            && job_is_settled(now)) || now >= next;
     loop_is_over |= signal_stop > 1;
     if (srv_stopping && !loop_is_over && heap_cnt == 0)
         loop_set(KIND_SIGNAL, 0, -1, 0, next);
@@ -11133,8 +13622,27 @@ static void main_limits(void)
     log_event(EV_LIMITS, kv);
 }
 
-/* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 listeners,
- * then the loop. */
+/* Connect to Redis and take over what it holds, before anybody is let in.
+ * False: it cannot be had, or we were told to stop. */
+static bool main_redis(const sigset_t *mask)
+{
+    static const char hex[] = "0123456789abcdef";
+    struct rds *r = &rds_pool[RDS_MAIN];
+    uint8_t raw[8];
+    io_random(raw, sizeof raw);
+    for (size_t i = 0; i < sizeof rep.id; i++)
+        rep.id[i] = (uint8_t)hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    store_mode = STORE_PROBE;
+    rds_start(RDS_MAIN, io_now());
+    while (!loop_is_over && r->state != RD_PAUSE && !rep_is_ready())
+        loop_round(mask);
+    if (r->state == RD_PAUSE)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL", rds_last_fault);
+    return !loop_is_over && r->state != RD_PAUSE;
+}
+
+/* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 Redis and
+ * what it holds, 5 listeners, then the loop. */
 static int main_serve(int argc, char **argv)
 {
     sigset_t mask;
@@ -11142,7 +13650,7 @@ static int main_serve(int argc, char **argv)
     (void)argv;
     if (!main_begin())
         return 1;
-    if (env_raw("LIVEKIT_REDIS_URL").len == 0)
+    if (!cfg.has_redis)
         cfg_say(EV_CONFIG_WARN, "LIVEKIT_REDIS_URL",
             "unset: delegated leaves live in memory, a restart forgets them");
     (void)io_hosts();
@@ -11152,6 +13660,8 @@ static int main_serve(int argc, char **argv)
     io_statm_fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/statm",
         O_RDONLY | O_CLOEXEC);
     main_limits();
+    if (cfg.has_redis && !main_redis(&mask))
+        return srv_stopping ? 0 : 1;
     if (!main_listen(&cfg.bind, 0, false)
         || (cfg.has_metrics && !main_listen(&cfg.metrics, 2, true)))
         return 1;
