@@ -201,7 +201,7 @@ enum {
 
     /* outbound */
     LIM_UP_CNT       = 192,    /* homeserver lookups; LKJWT_LOOKUPS_MAX */
-    LIM_SFU_CNT      = 64,     /* calls at the SFU, never shared with them */
+    LIM_SFU_CNT      = 48,     /* rooms created at the SFU, of their own */
     LIM_STRANGER_CNT = 96,     /* of them at most for strangers */
     LIM_DEST_CNT     = 16,     /* per server; LKJWT_LOOKUPS_PER_SERVER */
     LIM_DEST_LISTED  = 64,     /* per server the operator named */
@@ -209,10 +209,12 @@ enum {
     LIM_WAIT_STRANGER = 1024,  /* waiting for a slot, all strangers */
     LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
     LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
-    LIM_JOBCALL_CNT  = 48,     /* calls of delegated leaves, their own */
+    LIM_LOOK_CNT     = 24,     /* look-ups of participants at the SFU */
+    LIM_JOBCALL_CNT  = 40,     /* calls for delayed events, their own */
+    LIM_SPARE_CNT    = 16,     /* of them, for APIs that have none out */
     LIM_REDIS_CNT    = 2,      /* connections to Redis: commands, stream */
-    LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_JOBCALL_CNT
-        + LIM_REDIS_CNT,
+    LIM_UP_ALL       = LIM_UP_CNT + LIM_SFU_CNT + LIM_LOOK_CNT
+        + LIM_JOBCALL_CNT + LIM_REDIS_CNT,
     LIM_CHAN_CNT     = 328,    /* connections: calls and kept idle ones */
     LIM_IDLE_CNT     = 128,    /* kept idle connections */
     LIM_HS_CNT       = 8,      /* TLS handshakes at once */
@@ -260,6 +262,7 @@ enum {
     LIM_ABSENT_MS    = 20000,  /* between two confirmed absences */
     LIM_RESTART_MIN_MS = 800,
     LIM_API_OK_MS    = 14400000,   /* a client-server API is remembered */
+    LIM_API_STALE_MS = 172800000,  /* at most, while it cannot be renewed */
     LIM_API_BAD_MS   = 60000,
     LIM_SILENCE_MS   = 600000, /* connected, and no webhook: told */
 
@@ -2676,23 +2679,22 @@ MUST_USE static bool jwt_part(sl part_raw, uint8_t *work, size_t cap,
     return n >= 0 && js_parse(work, (size_t)n, tab, base) == 0;
 }
 
-/* The name of the key that signed the two parts, empty: none. */
-static sl jwt_signer(sl signed_raw, sl mac_raw, const struct api_key *key,
-    size_t cnt)
+/* The keys whose secret signed the two parts, by bit. */
+static uint32_t jwt_signers(sl signed_raw, sl mac_raw,
+    const struct api_key *key, size_t cnt)
 {
     uint8_t mac[48], want[32];
-    sl none = { NULL, 0 };
+    uint32_t found = 0;
     if (mac_raw.len != 43 || b64_parse(mac_raw, false, mac) != 32)
-        return none;
+        return 0;
     for (size_t i = 0; i < cnt; i++) {
         br_hmac_context h;
         br_hmac_init(&h, &key[i].sec_key, 0);
         br_hmac_update(&h, signed_raw.p, signed_raw.len);
         br_hmac_out(&h, want);
-        if (ct_eq(mac, want, 32))
-            return key[i].name;
+        found |= (uint32_t)ct_eq(mac, want, 32) << i;
     }
-    return none;
+    return found;
 }
 
 /* What a webhook's token says. */
@@ -2743,12 +2745,16 @@ MUST_USE static const char *jwt_check_webhook(sl token_raw,
     if (!jwt_part((sl){ token_raw.p, a }, head, sizeof head, &jwt_head_table,
                   &c) || c.crit || !sl_eq(c.alg, SL("HS256")))
         return "token header";
-    sl signer = jwt_signer((sl){ token_raw.p, a + 1 + b }, mac, key, cnt);
-    if (signer.len == 0)
+    uint32_t signers = jwt_signers((sl){ token_raw.p, a + 1 + b }, mac, key,
+        cnt);
+    if (signers == 0)
         return "signature";
     if (!jwt_part((sl){ rest.p, b }, body, sizeof body, &jwt_claim_table, &c))
         return "claims";
-    if (!sl_eq(c.iss, signer))
+    size_t i = 0;
+    while (i < cnt && !(signers >> i & 1 && sl_eq(c.iss, key[i].name)))
+        i++;
+    if (i == cnt)
         return "issuer";
     if ((c.exp.is_set && (c.exp.over || now_wall - 60 >= c.exp.v))
         || (c.nbf.is_set && (c.nbf.over || now_wall + 60 < c.nbf.v)))
@@ -3432,15 +3438,22 @@ static void pb_create_room(struct bb *b, sl alias)
     bb_put(b, (sl){ (uint8_t[5]){ 0x10, 0xac, 0x02, 0x50, 0x14 }, 5 });
 }
 
-/* RoomParticipantIdentity: room 1, identity 2, both under 128 bytes. */
+/* Append a bytes or string field: tag, length as a varint, text. */
+static void pb_put(struct bb *b, uint8_t tag, sl text)
+{
+    size_t n = text.len;
+    bb_byte(b, tag);
+    for (; n > 127; n >>= 7)
+        bb_byte(b, (uint8_t)(n | 128));
+    bb_byte(b, (uint8_t)n);
+    bb_put(b, text);
+}
+
+/* RoomParticipantIdentity: room 1, identity 2. */
 static void pb_participant(struct bb *b, sl alias, sl identity)
 {
-    bb_byte(b, 0x0a);
-    bb_byte(b, (uint8_t)alias.len);
-    bb_put(b, alias);
-    bb_byte(b, 0x12);
-    bb_byte(b, (uint8_t)identity.len);
-    bb_put(b, identity);
+    pb_put(b, 0x0a, alias);
+    pb_put(b, 0x12, identity);
 }
 
 /* Read a protobuf varint. */
@@ -3743,7 +3756,8 @@ static void rec_put(struct bb *b, const struct record *r)
         { ",\"LiveKitRoom\":", r->alias },
         { ",\"LiveKitIdentity\":", r->identity },
         { ",\"LiveKitIdentity2\":", r->identity2 },
-        { ",\"Sid\":", r->sid } };
+        { r->is_connected ? ",\"Connected\":true,\"Sid\":" : ",\"Sid\":",
+          r->sid } };
     struct civil c = civil_from(r->restarted_s);
     uint32_t ns = r->restarted_ns;
     for (size_t i = 0; i < COUNT_OF(part); i++) {
@@ -3756,7 +3770,8 @@ static void rec_put(struct bb *b, const struct record *r)
             bb_i64(b, r->timeout_ms * 1000000);
         }
     }
-    bb_str(b, r->is_connected ? ",\"Connected\":true" : "");
+    bb_str(b, r->is_connected && r->sid.len == 0 ? ",\"Connected\":true"
+        : "");
     bb_str(b, "},\"RestartedAt\":\"");
     bb_date(b, &c);
     bb_str(b, ns ? "." : "");
@@ -6511,6 +6526,7 @@ struct lookup {
     uint64_t dest;           /* its hash, for counting */
     struct trust trust;
     bool is_client;          /* wants the client-server API's base URL */
+    bool is_passing;         /* failed, but may do better next time */
     bool is_listed, is_forgetful;    /* delegation already resolved anew */
     const struct override *over;
     struct up *up;
@@ -6985,6 +7001,7 @@ static void lookup_wk_none(struct lookup *l, enum event why, bool passing,
     bb_str(&b, event_tab[why].text);
     note("well-known", false, l->name.whole, (sl){ text, b.len });
     if (l->is_client) {
+        l->is_passing = passing;
         lookup_fail(l, why, "well-known");
         return;
     }
@@ -7309,15 +7326,17 @@ static void lookup_close(struct lookup *l, int64_t now)
  * deadline. A 429 stops the queue for as long as it asks and halves its
  * pace, success raises it again (PROTOCOL section 8).
  */
-enum api_state { API_FREE, API_PENDING, API_OK, API_BAD };
+enum api_state { API_FREE, API_OK, API_BAD };
 static struct api {
     enum api_state state;
     bool is_tls, is_stable;      /* is_stable: the path of MSC4140's end */
+    bool is_starved;             /* found no slot for a call */
     uint16_t port, name_len, text_len;
-    unsigned job_cnt, active;
+    unsigned job_cnt, active, max_out;   /* out: 1 while it is silent */
     struct trust trust;
     struct lookup *lookup;
-    int64_t until, used_at;      /* of the base URL */
+    int64_t until, good_until;   /* of the base URL: fresh, usable */
+    int64_t used_at;
     int64_t next_at, interval_ms;
     int64_t halved_us;           /* when the pace was halved */
     struct url url;              /* in text */
@@ -7329,23 +7348,28 @@ static size_t api_idx(const struct api *a)
     return (size_t)(a - api_pool);
 }
 
-/* Take a base URL; http only where the server is the operator's. */
-MUST_USE static bool api_take_url(struct api *a, sl text, bool http_ok)
+/* Take a base URL; http only where the server is the operator's. One that
+ * differs is not taken while calls are out: they were made for the old. */
+MUST_USE static bool api_take_url(struct api *a, const struct lookup *l)
 {
-    if (text.len > sizeof a->text)
+    sl text = l->user;
+    struct url url;
+    struct name n;
+    if (text.len > sizeof a->text || !url_parse(text, &url) || url.has_query
+        || !name_parse(url.name.whole, &n) || !host_is_public(l, &url.name))
         return false;
+    bool http = sl_ieq(url.scheme, SL("http"));
+    if (!sl_ieq(url.scheme, SL("https")) && !(http && l->is_listed))
+        return false;
+    bool same = a->state == API_OK
+        && sl_eq(text, (sl){ a->text, a->text_len });
+    if (same || a->active)
+        return true;
     memcpy(a->text, text.p, text.len);
     a->text_len = (uint16_t)text.len;
-    struct name n;
-    if (!url_parse((sl){ a->text, text.len }, &a->url) || a->url.has_query
-        || !name_parse(a->url.name.whole, &n))
-        return false;
-    bool http = sl_ieq(a->url.scheme, SL("http"));
-    if (!sl_ieq(a->url.scheme, SL("https")) && !(http && http_ok))
-        return false;
     a->is_tls = !http;
-    a->port = a->url.name.port ? a->url.name.port : http ? 80 : 443;
-    return true;
+    a->port = url.name.port ? url.name.port : http ? 80 : 443;
+    return url_parse((sl){ a->text, text.len }, &a->url);
 }
 
 /* The entry of a server name; a new one takes the place of the longest
@@ -7370,26 +7394,27 @@ static struct api *api_find(sl name, int64_t now)
     met.evicted += best->state != API_FREE;
     memset(best, 0, sizeof *best);
     best->state = API_BAD;
+    best->max_out = LIM_API_CALLS;
     best->name_len = (uint16_t)name.len;
     memcpy(best->name, name.p, name.len);
     best->used_at = now;
     return best;
 }
 
-/* Make sure that the base URL is known. RES_WAIT: api_step goes on. */
+/* Make sure that the base URL is known. RES_WAIT: api_step goes on. A known
+ * one serves while it is looked up again. */
 static enum res api_resolve(struct api *a, int64_t now)
 {
     sl name = { a->name, a->name_len };
     const struct override *o = override_find(cfg.cs, cfg.cs_cnt, name);
+    bool known = a->state == API_OK && now < a->good_until;
     struct name n;
     a->used_at = now;
-    if (a->state == API_PENDING)
-        return RES_WAIT;
-    if (a->until > now)
-        return a->state == API_OK ? RES_OK : RES_FAILED;
+    if (a->lookup || a->until > now)
+        return known ? RES_OK : a->lookup ? RES_WAIT : RES_FAILED;
     if (o) {
         a->state = API_OK;
-        a->until = INT64_MAX;
+        a->until = a->good_until = INT64_MAX;
         a->url = o->base.url;
         a->is_tls = o->base.is_tls;
         a->port = o->base.port;
@@ -7400,28 +7425,28 @@ static enum res api_resolve(struct api *a, int64_t now)
         return RES_FAILED;
     a->trust = name_trust(&n, name_is_listed(name));
     a->lookup = lookup_open_client((uint16_t)api_idx(a), &n, now);
-    if (!a->lookup) {                   /* all lookups in use: soon again */
-        a->state = API_BAD;
+    if (!a->lookup)                     /* all lookups in use: soon again */
         a->until = now + 1000;
-        return RES_FAILED;
-    }
-    a->state = API_PENDING;
-    return RES_WAIT;
+    return known ? RES_OK : a->lookup ? RES_WAIT : RES_FAILED;
 }
 
-/* Use the end of a base URL's lookup. */
+/* Use the end of a base URL's lookup. A failure that may pass leaves the
+ * old one in use for LIM_API_STALE_MS. */
 static void api_resolved(struct api *a, int64_t now)
 {
     struct lookup *l = a->lookup;
     if (!l || (l->state != L_DONE && l->state != L_FAILED))
         return;
-    bool ok = l->state == L_DONE && api_take_url(a, l->user, l->is_listed)
-        && host_is_public(l, &a->url.name);
+    bool ok = l->state == L_DONE && api_take_url(a, l);
     if (l->state == L_DONE && !ok)
         LOG(EV_REPLY_JSON, KV("server", (sl){ a->name, a->name_len }),
             KV("step", SL("well-known")));
-    a->state = ok ? API_OK : API_BAD;
+    bool keep = a->state == API_OK && l->state == L_FAILED && l->is_passing;
     a->until = now + (ok ? LIM_API_OK_MS : LIM_API_BAD_MS);
+    if (ok)
+        a->good_until = now + LIM_API_STALE_MS;
+    if (!keep)
+        a->state = ok ? API_OK : API_BAD;
     lookup_close(l, now);
     a->lookup = NULL;
 }
@@ -7472,8 +7497,8 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
 static struct up *lk_open(enum kind owner, uint16_t owner_idx,
     void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
 {
-    size_t from = owner == KIND_JOB ? LIM_UP_CNT + LIM_SFU_CNT : LIM_UP_CNT;
-    size_t to = owner == KIND_JOB ? LIM_UP_ALL : LIM_UP_CNT + LIM_SFU_CNT;
+    size_t from = LIM_UP_CNT + (owner == KIND_JOB ? LIM_SFU_CNT : 0);
+    size_t to = from + (owner == KIND_JOB ? LIM_LOOK_CNT : LIM_SFU_CNT);
     struct up_call c = { .owner = owner, .owner_idx = owner_idx,
         .label = TL_SFU, .trust = { CLASS_OPERATOR, true },
         .is_tls = cfg.api.is_tls, .search = true,
@@ -7518,16 +7543,19 @@ static void lk_log(struct up *u, sl req)
 
 enum presence { PRESENT, ABSENT, UNKNOWN };
 
-/* What an ended GetParticipant call says; sid borrows from its reply. */
-static enum presence lk_presence(struct up *u, sl *sid)
+/* What an ended GetParticipant call says of an identity; sid borrows from
+ * its reply. */
+static enum presence lk_presence(struct up *u, sl identity, sl *sid)
 {
     struct participant p;
     *sid = (sl){ NULL, 0 };
     if (u->state != UP_DONE)
         return UNKNOWN;
     if (u->head.status != 200)
-        return sl_eq(lk_code(u), SL("not_found")) ? ABSENT : UNKNOWN;
-    if (!pb_participant_parse((sl){ up_body(u), u->intake.len }, &p))
+        return u->head.status == 404 && sl_eq(lk_code(u), SL("not_found"))
+            ? ABSENT : UNKNOWN;
+    if (!pb_participant_parse((sl){ up_body(u), u->intake.len }, &p)
+        || !sl_eq(p.identity, identity))
         return UNKNOWN;
     *sid = p.sid;
     return p.state == 3 ? ABSENT : PRESENT;     /* 3: disconnected */
@@ -7780,7 +7808,6 @@ static void rds_done_hello(uint16_t idx, const struct rsp *e, int64_t now)
 static void rds_done_ping(uint16_t idx, const struct rsp *e, int64_t now)
 {
     struct rds *r = &rds_pool[idx];
-    uint8_t addr[64];
     rds_done_hello(idx, e, now);
     if (!e || r->fault)
         return;
@@ -7788,11 +7815,7 @@ static void rds_done_ping(uint16_t idx, const struct rsp *e, int64_t now)
     r->serial++;
     r->is_told = false;
     r->wait_ms = 0;
-    if (idx == RDS_MAIN) {
-        met.gauge[GA_REDIS] = 1;
-        LOG(EV_REDIS_UP, KV("addr", r->chan->addr.port
-            ? text_addr(addr, &r->chan->addr) : cfg.redis.path));
-    }
+    met.gauge[GA_REDIS] = rds_is_up(RDS_MAIN);
     loop_wake(KIND_REPLICA, 0);
 }
 
@@ -8110,7 +8133,9 @@ struct job {
     uint8_t followed;                /* identity seen connected; 2: none */
     uint8_t probe;                   /* identity being looked up */
     bool first_unknown;              /* the first look-up of two failed */
-    bool has_restarted, is_second_try;
+    bool is_second_try;
+    bool is_stable;                  /* path of the call that is out */
+    bool is_found;                   /* connected, as no webhook told */
     uint8_t redirect;                /* slot + 1 of redirect_pool */
     uint16_t api, next;              /* next: chain of the room, idx + 1 */
     uint16_t id_len[2], delay_len, sid_len;
@@ -8153,7 +8178,7 @@ struct place { uint64_t ms, seq; };
 static struct rep {
     uint8_t id[16], run_id[40];
     size_t run_id_len;
-    uint32_t serial, changed_serial; /* of the connection known */
+    uint32_t serial, changed_serial, told_serial;    /* of connections */
     bool is_ticking, is_reading, is_caught_up, is_loading, is_loaded;
     bool is_leaving, has_left, is_told;
     uint64_t mine, load, loading;
@@ -8245,6 +8270,8 @@ static void job_watch(const struct job *j)
             at = j->restart_at;
         if (cfg.sanity_s && j->sanity_at < at)
             at = j->sanity_at;
+        if (j->is_found && j->connected_at + LIM_SILENCE_MS < at)
+            at = j->connected_at + LIM_SILENCE_MS;
         if (j->absent_at && j->check == CK_NONE
             && j->absent_at + LIM_ABSENT_MS < at)
             at = j->absent_at + LIM_ABSENT_MS;
@@ -8255,13 +8282,50 @@ static void job_watch(const struct job *j)
     loop_set(KIND_JOB, job_idx(j), -1, 0, at);
 }
 
+/* Jobs whose look-up found no slot, in order. */
+static uint16_t look_ring[LIM_JOB_CNT];
+static bool look_in_ring[LIM_JOB_CNT];
+static size_t look_head, look_waiting;
+
+/* A look-up is over: the next one has its slot. */
+static void job_close_look(struct job *j, int64_t now)
+{
+    if (!j->look)
+        return;
+    up_close(j->look, now);
+    j->look = NULL;
+    while (look_waiting) {
+        size_t i = look_ring[look_head];
+        look_head = (look_head + 1) % LIM_JOB_CNT;
+        look_waiting--;
+        look_in_ring[i] = false;
+        if (job_pool[i].check == CK_NONE || job_pool[i].look)
+            continue;
+        job_pool[i].check_at = 0;
+        loop_wake(KIND_JOB, i);
+        return;
+    }
+}
+
 static void job_drop_look(struct job *j, int64_t now)
 {
-    if (j->look)
-        up_close(j->look, now);
-    j->look = NULL;
+    job_close_look(j, now);
     j->probe = 0;
     j->first_unknown = false;
+}
+
+/* A call's slot is free: the next API that found none may have it. */
+static void api_wake_next(void)
+{
+    static size_t turn;
+    for (size_t n = 0; n < LIM_API_CNT; n++) {
+        struct api *a = &api_pool[turn++ % LIM_API_CNT];
+        if (a->is_starved) {
+            a->is_starved = false;
+            loop_wake(KIND_API, api_idx(a));
+            return;
+        }
+    }
 }
 
 static void job_drop_redirect(struct job *j);
@@ -8273,8 +8337,10 @@ static void job_drop_call(struct job *j, int64_t now)
         return;
     up_close(j->call, now);
     j->call = NULL;
+    j->is_second_try = false;
     job_hot_of(j)->is_out = false;
     api_pool[j->api].active--;
+    api_wake_next();
 }
 
 /* The slot is free once Redis has been told. */
@@ -8365,7 +8431,8 @@ static void job_look(struct job *j, enum job_check check, int64_t now)
 }
 
 /* Row Q1. which: the identity seen. */
-static void job_connect(struct job *j, unsigned which, sl sid, int64_t now)
+static void job_connect(struct job *j, unsigned which, sl sid,
+    bool by_webhook, int64_t now)
 {
     if (sid.len && sid.len <= LIM_SID_LEN) {
         j->sid_len = (uint16_t)sid.len;
@@ -8380,10 +8447,12 @@ static void job_connect(struct job *j, unsigned which, sl sid, int64_t now)
     job_drop_call(j, now);
     j->state = J_CONNECTED;
     j->connected_at = now;
+    j->is_found = !by_webhook;
     j->deadline = now + j->timeout_ms;
     j->sanity_at = now + cfg.sanity_s * 1000;
     job_log(EV_JOB_CONNECTED, j, "");
-    job_want(j, WANT_RESTART, now);
+    job_want(j, WANT_RESTART, j->restart_at > now
+        && j->restart_at <= now + LIM_RESTART_MIN_MS ? j->restart_at : now);
 }
 
 /* Go to J_LEAVING and send. An unfinished restart is given up. */
@@ -8439,7 +8508,7 @@ static void job_gone(struct job *j, int64_t now)
  * the SFU is slow to forget: that shows within 20 s. */
 static void job_back(struct job *j, sl sid, int64_t now)
 {
-    job_connect(j, j->probe, sid, now);
+    job_connect(j, j->probe, sid, false, now);
     job_doubt(j, 0, now);
     j->check_at = now + LIM_BACKOFF_MIN_MS;
 }
@@ -8454,7 +8523,7 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
     if (p == PRESENT && check == CK_SEND)
         job_back(j, sid, now);
     else if (p == PRESENT)
-        job_connect(j, j->probe, sid, now);
+        job_connect(j, j->probe, sid, false, now);
     if (job_hot_of(j)->want == WANT_RESTART && j->state == J_CONNECTED
         && !j->call_wait_ms && !job_hot_of(j)->is_out)
         job_want(j, WANT_RESTART, now);  /* it waited for this look-up */
@@ -8518,7 +8587,8 @@ static void job_look_ended(struct job *j, int64_t now)
 {
     sl sid;
     uint8_t copy[LIM_SID_LEN];
-    enum presence p = lk_presence(j->look, &sid);
+    enum presence p = lk_presence(j->look, (sl){ j->id[j->probe],
+        j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
     if (p == UNKNOWN && j->look->state == UP_DONE
         && j->look->head.status == 401)
@@ -8526,8 +8596,7 @@ static void job_look_ended(struct job *j, int64_t now)
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
     if (sid.len)
         memcpy(copy, sid.p, sid.len);
-    up_close(j->look, now);
-    j->look = NULL;
+    job_close_look(j, now);
     if (p != PRESENT && both && j->probe == 0) {
         j->first_unknown = p == UNKNOWN;
         j->probe = 1;
@@ -8555,8 +8624,14 @@ static void job_start_look(struct job *j, int64_t now)
         j->probe = j->followed;
     j->look = lk_open(KIND_JOB, (uint16_t)job_idx(j), job_build_look,
         now + LIM_RPC_MS, now);
-    if (!j->look)
-        j->check_at = now + random_between(200, 400);
+    if (j->look)
+        return;
+    j->check_at = now + LIM_RPC_MS;      /* or when a slot is free */
+    if (!look_in_ring[job_idx(j)]) {
+        look_in_ring[job_idx(j)] = true;
+        look_ring[(look_head + look_waiting++) % LIM_JOB_CNT] =
+            (uint16_t)job_idx(j);
+    }
 }
 
 /* ---- delayed events ---- */
@@ -8595,7 +8670,8 @@ static enum outcome delayed_judge(struct up *u, bool is_send,
         return is_stable ? OUT_PERMANENT : OUT_OTHER_PATH;
     if (st == 404)
         return is_send ? OUT_DONE : OUT_PERMANENT;
-    if (st == 429 && *wait_ms < 0 && e->retry_after_ms.v > 0)
+    if (st == 429 && *wait_ms < 0
+        && (e->retry_after_ms.over || e->retry_after_ms.v > 0))
         *wait_ms = (e->retry_after_ms.over || e->retry_after_ms.v > 86400000)
             ? 86400000 : (e->retry_after_ms.v + 999) / 1000 * 1000;
     if (st == 429)
@@ -8627,7 +8703,7 @@ static void job_build_call(uint16_t idx, struct bb *b)
             redirect_pool[j->redirect - 1].len });
     } else {
         bb_put(b, a->url.path);
-        bb_str(b, a->is_stable ? "/_matrix/client/v1/delayed_events/"
+        bb_str(b, j->is_stable ? "/_matrix/client/v1/delayed_events/"
             : "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/");
         bb_percent(b, (sl){ j->delay_id, j->delay_len });
         bb_str(b, job_hot[idx].want == WANT_SEND ? "/send" : "/restart");
@@ -8639,10 +8715,13 @@ static void job_build_call(uint16_t idx, struct bb *b)
         "\r\nContent-Length: 2\r\n\r\n{}");
 }
 
-/* Start the call that a job wants. False: no slot free. */
-MUST_USE static bool job_start_call(struct job *j, int64_t now)
+/* Start the call that a job wants. False: no slot free. An API that has a
+ * call out leaves some slots to the others. */
+MUST_USE static bool job_start_call(struct job *j, bool is_stable,
+    int64_t now)
 {
     struct api *a = &api_pool[j->api];
+    size_t to = LIM_UP_ALL - LIM_REDIS_CNT - (a->active ? LIM_SPARE_CNT : 0);
     struct up_call c = { .owner = KIND_JOB, .owner_idx = (uint16_t)job_idx(j),
         .label = TL_DELAYED_EVENT, .trust = a->trust, .is_tls = a->is_tls,
         .host = a->url.name.host, .port = a->port,
@@ -8650,7 +8729,8 @@ MUST_USE static bool job_start_call(struct job *j, int64_t now)
         .end = now + LIM_DELAYED_MS, .build = job_build_call };
     c.search = a->trust.class == CLASS_OPERATOR
         || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
-    j->call = up_open(&c, LIM_UP_CNT + LIM_SFU_CNT, LIM_UP_ALL, now);
+    j->is_stable = is_stable;
+    j->call = up_open(&c, LIM_UP_CNT + LIM_SFU_CNT + LIM_LOOK_CNT, to, now);
     if (!j->call)
         return false;
     job_hot_of(j)->is_out = true;
@@ -8710,7 +8790,6 @@ static void job_done(struct job *j, bool is_send, int64_t now)
         wait = j->timeout_ms / 2;        /* leaves time for a takeover */
     j->restarted_wall_ms = io_wall_ms();
     job_store(j, ST_SET);
-    j->has_restarted = true;
     j->deadline = now + j->timeout_ms;
     j->restart_at = now + (wait < LIM_RESTART_MIN_MS ? LIM_RESTART_MIN_MS
         : wait);
@@ -8762,8 +8841,9 @@ static void job_log_failed(const struct job *j, enum outcome got,
            : (sl){ NULL, 0 }));
 }
 
-/* The pace of an API after an answer: a 429 stops it for wait_ms and
- * halves it, once for all calls that were out together; success raises
+/* The pace of an API after an answer: a 429 stops it for wait_ms, a minute
+ * at most (others' events need not wait for what one was told), and halves
+ * it, once for all calls that were out together; success raises
  * it. begin_us is when the call was started. */
 static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
     int64_t begin_us, int64_t now)
@@ -8772,7 +8852,8 @@ static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
         a->interval_ms -= a->interval_ms / 8 + (a->interval_ms > 0);
     if (got != OUT_LIMITED)
         return;
-    wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS : wait_ms;
+    wait_ms = wait_ms < LIM_BACKOFF_MIN_MS ? LIM_BACKOFF_MIN_MS
+        : wait_ms > LIM_BACKOFF_MAX_MS ? LIM_BACKOFF_MAX_MS : wait_ms;
     if (now + wait_ms > a->next_at)
         a->next_at = now + wait_ms;
     if (begin_us < a->halved_us)
@@ -8786,19 +8867,25 @@ static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
 static void job_call_ended(struct job *j, int64_t now)
 {
     struct api *a = &api_pool[j->api];
-    bool is_send = job_hot_of(j)->want == WANT_SEND, stable = a->is_stable;
+    bool is_send = job_hot_of(j)->want == WANT_SEND;
+    bool is_answered = j->call->state == UP_DONE;
     struct delayed_error e;
     int64_t wait_ms = 0, begin_us = j->call->begin_us;
-    enum outcome got = delayed_judge(j->call, is_send, stable, &e, &wait_ms);
+    enum outcome got = delayed_judge(j->call, is_send, j->is_stable, &e,
+        &wait_ms);
     uint8_t target = job_redirect(j);
-    bool again = got == OUT_OTHER_PATH || target;
+    bool again = (got == OUT_OTHER_PATH || target) && a->state == API_OK;
     if (got != OUT_DONE && !again)
         job_log_failed(j, got, is_send, e.errcode);
-    a->is_stable |= got == OUT_OTHER_PATH;
+    if (is_answered && j->is_stable)     /* remembered once it is known */
+        a->is_stable = !sl_eq(e.errcode, SL("M_UNRECOGNIZED"));
+    a->max_out = !is_answered ? 1 : a->max_out < LIM_API_CALLS
+        ? a->max_out + 1 : a->max_out;
     job_hot_of(j)->is_last = false;
     job_drop_call(j, now);
     j->redirect = target;
-    if (again && job_start_call(j, now)) {
+    if (again && job_start_call(j, got == OUT_OTHER_PATH || j->is_stable,
+                                now)) {
         j->is_second_try = target > 0;
         return;
     }
@@ -8864,14 +8951,15 @@ static void job_run_queue(struct api *a, int64_t now)
                 backoff_next(&j->call_wait_ms), now);
             continue;
         }
-        if (a->active >= LIM_API_CALLS)      /* an ended call wakes us */
+        if (a->active >= a->max_out)         /* an ended call wakes us */
             break;
         if (now < a->next_at) {
             at = a->next_at;
             break;
         }
-        if (!job_start_call(j, now)) {
-            at = now + 200;
+        if (!job_start_call(j, a->is_stable, now)) {
+            a->is_starved = true;            /* api_wake_next */
+            at = now + 1000;
             break;
         }
         a->next_at = now + a->interval_ms;
@@ -8923,20 +9011,18 @@ static void job_left(struct job *j, unsigned reason, bool other_sid,
     bool maybe_back = reason == 2 || reason == 3 || reason == 6
         || reason == 8;                  /* or moved to another node */
     bool sure = reason == 1 || reason == 4 || reason == 5 || reason == 10;
-    if (j->state == J_LEAVING)
-        return;
-    j->unknown_end = now + j->timeout_ms;
-    j->check_end = now;
-    if (other_sid || maybe_back) {
-        j->check_end = now + LIM_ABSENT_MS;
-        job_look(j, CK_DUPLICATE, now);
-    } else if (aborted || !sure) {
-        job_look(j, CK_LEFT, now);
-    } else if (reason == 1 && j->state == J_WAITING) {
+    bool looks = other_sid || maybe_back || aborted || !sure;
+    if (j->state == J_LEAVING || (looks && j->check == CK_DUPLICATE))
+        return;                          /* a look-up for 20 s is enough */
+    if (!looks && reason == 1 && j->state == J_WAITING)
         return;                          /* it may have just begun */
-    } else {
+    if (!looks) {
         job_gone(j, now);
+        return;
     }
+    j->unknown_end = now + j->timeout_ms;
+    j->check_end = now + (other_sid || maybe_back ? LIM_ABSENT_MS : 0);
+    job_look(j, other_sid || maybe_back ? CK_DUPLICATE : CK_LEFT, now);
 }
 
 /* Departures of the last LIM_GONE_MS, for jobs that come later: a replica
@@ -9002,7 +9088,7 @@ static void gone_apply(struct job *j, int64_t now)
                 && g->sid != gone_hash(sid, sid), g->is_aborted, now);
         } else if (j->state == J_WAITING && !g->is_aborted
                    && g->wall_ms > j->restarted_wall_ms) {
-            job_connect(j, which, (sl){ NULL, 0 }, now);
+            job_connect(j, which, (sl){ NULL, 0 }, true, now);
             job_doubt(j, 0, now);
         }
     }
@@ -9047,7 +9133,7 @@ static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
             continue;
         if (joined && j->state != J_LEAVING) {
             job_drop_look(j, now);
-            job_connect(j, which, w->sid, now);
+            job_connect(j, which, w->sid, true, now);
         } else if (left || aborted) {
             job_left(j, reason, w->sid.len && j->sid_len
                 && !sl_eq(w->sid, (sl){ j->sid, j->sid_len }), aborted, now);
@@ -9056,13 +9142,16 @@ static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
     }
 }
 
-/* A connected job and no webhook for LIM_SILENCE_MS: told as often. */
-static void job_tell_silence(const struct job *j, int64_t now)
+/* A participant was found by look-up, and from a minute before until
+ * LIM_SILENCE_MS after no webhook came, though it must have joined: told,
+ * as often at most. In a quiet call no webhook is no fault. */
+static void job_tell_silence(struct job *j, int64_t now)
 {
-    int64_t since = webhook_at > j->connected_at ? webhook_at
-        : j->connected_at;
-    if (now - since < LIM_SILENCE_MS
-        || now - silence_told_at < LIM_SILENCE_MS)
+    if (!j->is_found || now < j->connected_at + LIM_SILENCE_MS)
+        return;
+    j->is_found = false;
+    if ((webhook_at && webhook_at > j->connected_at - LIM_BACKOFF_MAX_MS)
+        || (silence_told_at && now - silence_told_at < LIM_SILENCE_MS))
         return;
     silence_told_at = now;
     job_log(EV_NO_WEBHOOK, j, "");
@@ -9246,7 +9335,11 @@ MUST_USE static struct job *job_accept(const struct job_params *p,
     struct job *old = job_find(p->alias, p->identity[0]);
     if (job_refuses(p) != EV_NONE)
         return NULL;
+    int64_t next = 0;
     if (old) {
+        if (old->state == J_CONNECTED && sl_eq(p->delay_id,
+                (sl){ old->delay_id, old->delay_len }))
+            next = old->deadline - old->timeout_ms + LIM_RESTART_MIN_MS;
         job_log(EV_JOB_REPLACED, old, "");
         job_end(old, NULL, now);
     }
@@ -9254,6 +9347,7 @@ MUST_USE static struct job *job_accept(const struct job_params *p,
     struct job *j = job_make(p, a, now);
     if (!j)
         return NULL;
+    j->restart_at = next;
     job_log(EV_JOB_NEW, j, "");
     job_store(j, ST_NEW);
     job_look(j, CK_WAIT, now);
@@ -9317,6 +9411,20 @@ static void store_ended(struct job *j, enum stored got, int64_t now)
     }
 }
 
+/* Tell, once a connection, that Redis is there and what it is good for. */
+static void store_tell_up(void)
+{
+    const struct chan *ch = rds_pool[RDS_MAIN].chan;
+    uint8_t addr[64];
+    if (rep.told_serial == rep.serial)
+        return;
+    rep.told_serial = rep.serial;
+    LOG(EV_REDIS_UP, KV("addr", ch && ch->addr.port
+            ? text_addr(addr, &ch->addr) : cfg.redis.path),
+        KV("mode", store_mode == STORE_SINGLE ? SL("single")
+           : SL("replicas")));
+}
+
 /* Whether Redis refused what is not asked of it again: it lacks scripts or
  * streams, its ACL forbids them, or something else has our keys. Then all
  * jobs are ours. Errors of its own passing state are no such thing. */
@@ -9333,6 +9441,7 @@ static bool store_is_refused(const struct rsp *e)
         return refused;
     LOG(EV_REDIS_SINGLE, KV("code", rds_code(e)));
     store_mode = STORE_SINGLE;
+    store_tell_up();
     rep.load = UINT64_MAX;
     rep.mine = UINT64_MAX;
     met.gauge[GA_SHARDS] = LIM_SHARD_CNT;
@@ -10067,6 +10176,7 @@ static void rep_done(uint16_t idx, const struct rsp *e, int64_t now)
     if (tick.is_last)
         return;
     store_mode = STORE_SHARED;
+    store_tell_up();
     rep_leases(now);
     rds_start(RDS_STREAM, now);
 }
@@ -10144,6 +10254,8 @@ static void rep_connected(int64_t now)
     rep.until = 0;                       /* nothing is ours until it says so */
     rep.is_told = false;
     store_pause_at = now;
+    if (store_mode == STORE_SINGLE)
+        store_tell_up();
     rds_send(RDS_MAIN, &rep_op_info, 0, (sl[]){ SL("INFO"), SL("server") },
         2, now);
     for (size_t i = 0; rep.serial > 1 && rep.cnt > 1 && i < job_top; i++)
@@ -11567,11 +11679,10 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
 static enum step api_step(size_t idx, int revents, int64_t now)
 {
     struct api *a = &api_pool[idx];
-    bool was_pending = a->state == API_PENDING;
+    bool was_pending = a->lookup != NULL;
     (void)revents;
     api_resolved(a, now);
-    for (size_t i = 0; was_pending && a->state != API_PENDING
-         && i < LIM_SLOT_CNT; i++)
+    for (size_t i = 0; was_pending && !a->lookup && i < LIM_SLOT_CNT; i++)
         if (exchange_pool[i].state == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
     job_run_queue(a, now);
