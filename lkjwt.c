@@ -7872,8 +7872,8 @@ static void rds_dial(struct rds *r, int64_t now)
     if (ch)
         rds_hello(r, ch, now);
     else
-        rds_fail(r, EV_REDIS_DOWN, "connect", fd < 0 ? strerror(-fd)
-            : "no slot", now);
+        rds_fail(r, EV_REDIS_DOWN, "connect", event_tab[fd < 0
+            ? EV_CONNECT_FAILED : EV_CHAN_FULL].text, now);
     if (!ch)
         io_close(&fd);
 }
@@ -8183,7 +8183,7 @@ static struct rep {
     bool is_leaving, has_left, is_told;
     uint64_t mine, load, loading;
     int release;                     /* shard to give away, -1: none */
-    int64_t cnt;                     /* live replicas */
+    int64_t cnt, share;              /* live replicas, shards for us */
     int64_t until, sent_at, tick_at, changed_at;
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
@@ -8435,6 +8435,9 @@ static void job_connect(struct job *j, unsigned which, sl sid,
     bool by_webhook, int64_t now)
 {
     if (sid.len && sid.len <= LIM_SID_LEN) {
+        if (j->state == J_CONNECTED
+            && !sl_eq(sid, (sl){ j->sid, j->sid_len }))
+            job_store(j, ST_SET);        /* the next owner must know it */
         j->sid_len = (uint16_t)sid.len;
         memcpy(j->sid, sid.p, sid.len);
     }
@@ -9003,15 +9006,22 @@ MUST_USE static bool webhook_parse(uint8_t *body_raw, size_t len,
         && (w->dropped.len == 0 || sl_u64(w->dropped, INT64_MAX, &n));
 }
 
-/* Rows Q2 and Q3: a watched participant is said to have left. other_sid:
- * not the one that joined last. */
-static void job_left(struct job *j, unsigned reason, bool other_sid,
-    bool aborted, int64_t now)
+/* How a participant left. */
+struct departure {
+    unsigned reason;
+    bool aborted, other_sid;         /* other: not the one that joined last */
+    int64_t at;                      /* when we heard of it */
+};
+
+/* Rows Q2 and Q3: a watched participant is said to have left. */
+static void job_left(struct job *j, const struct departure *d, int64_t now)
 {
+    unsigned reason = d->reason;
     bool maybe_back = reason == 2 || reason == 3 || reason == 6
         || reason == 8;                  /* or moved to another node */
     bool sure = reason == 1 || reason == 4 || reason == 5 || reason == 10;
-    bool looks = other_sid || maybe_back || aborted || !sure;
+    maybe_back |= d->other_sid;
+    bool looks = maybe_back || d->aborted || !sure;
     if (j->state == J_LEAVING || (looks && j->check == CK_DUPLICATE))
         return;                          /* a look-up for 20 s is enough */
     if (!looks && reason == 1 && j->state == J_WAITING)
@@ -9021,17 +9031,19 @@ static void job_left(struct job *j, unsigned reason, bool other_sid,
         return;
     }
     j->unknown_end = now + j->timeout_ms;
-    j->check_end = now + (other_sid || maybe_back ? LIM_ABSENT_MS : 0);
-    job_look(j, other_sid || maybe_back ? CK_DUPLICATE : CK_LEFT, now);
+    j->check_end = maybe_back ? d->at + LIM_ABSENT_MS : now;
+    job_look(j, maybe_back ? CK_DUPLICATE : CK_LEFT, now);
 }
 
-/* Departures of the last LIM_GONE_MS, for jobs that come later: a replica
- * may learn of a participant's job after its end. Newest last. */
+/* Who joined or left in the last LIM_GONE_MS, for jobs that come later: a
+ * replica may learn of a participant's job after its end. Newest last, one
+ * entry a participant. */
 static struct gone {
     uint64_t who, sid;               /* hashes; sid 0: not given */
     int64_t at, wall_ms;             /* wall_ms: when Redis was told */
     uint8_t reason;
-    bool is_aborted;
+    bool has_joined, is_aborted;
+    bool is_same;                    /* left as it had joined */
 } gone_ring[LIM_GONE_CNT];
 static size_t gone_cnt;              /* ever */
 
@@ -9043,7 +9055,7 @@ static uint64_t gone_hash(sl room, sl identity)
     return ((uint64_t)be32(sum) << 32 | be32(sum + 4)) | 1;
 }
 
-/* The departure of a participant, NULL: it is not known to be gone. */
+/* What was last heard of a participant, or NULL. */
 static struct gone *gone_find(uint64_t who, int64_t now)
 {
     for (size_t n = gone_cnt; n > 0 && n + LIM_GONE_CNT > gone_cnt; n--) {
@@ -9056,20 +9068,19 @@ static struct gone *gone_find(uint64_t who, int64_t now)
     return NULL;
 }
 
-/* Remember who left, forget who is back. */
-static void gone_note(const struct webhook *w, bool joined, bool aborted,
-    int64_t wall_ms, int64_t now)
+static void gone_note(const struct webhook *w, bool joined,
+    const struct departure *d, int64_t wall_ms, int64_t now)
 {
     uint64_t who = gone_hash(w->room, w->identity);
-    struct gone *g = gone_find(who, now);
-    if (g)
-        g->who = 0;
-    if (!joined)
-        gone_ring[gone_cnt++ % LIM_GONE_CNT] = (struct gone){ .who = who,
-            .sid = w->sid.len ? gone_hash(w->sid, w->sid) : 0, .at = now,
-            .wall_ms = wall_ms, .is_aborted = aborted,
-            .reason = (uint8_t)disconnect_reason(w->reason.len ? w->reason
-                : w->reason_old) };
+    struct gone *last = gone_find(who, now), g = { .who = who,
+        .sid = w->sid.len ? gone_hash(w->sid, w->sid) : 0, .at = now,
+        .wall_ms = wall_ms, .reason = (uint8_t)d->reason,
+        .has_joined = joined, .is_aborted = d->aborted };
+    if (last) {
+        g.is_same = last->has_joined && last->sid && last->sid == g.sid;
+        last->who = 0;
+    }
+    gone_ring[gone_cnt++ % LIM_GONE_CNT] = g;
 }
 
 /* A job that is new here: was its participant seen to leave before? One
@@ -9078,14 +9089,16 @@ static void gone_apply(struct job *j, int64_t now)
 {
     sl sid = { j->sid, j->sid_len };
     for (unsigned which = 0; which < 2; which++) {
-        struct gone *g = j->id_len[which] && j->state != J_OVER
+        const struct gone *g = j->id_len[which] && j->state != J_OVER
             ? gone_find(gone_hash((sl){ j->alias, HASH_NAME_LEN },
                 (sl){ j->id[which], j->id_len[which] }), now) : NULL;
-        if (!g)
+        if (!g || g->has_joined)
             continue;
         if (j->state == J_CONNECTED) {
-            job_left(j, g->reason, g->sid && sid.len
-                && g->sid != gone_hash(sid, sid), g->is_aborted, now);
+            struct departure d = { g->reason, g->is_aborted, !g->is_same
+                && g->sid && sid.len && g->sid != gone_hash(sid, sid),
+                g->at };
+            job_left(j, &d, now);
         } else if (j->state == J_WAITING && !g->is_aborted
                    && g->wall_ms > j->restarted_wall_ms) {
             job_connect(j, which, (sl){ NULL, 0 }, true, now);
@@ -9113,10 +9126,10 @@ static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
         }
     if (w->room.len == 0 || !(joined || left || aborted || started))
         return;
+    struct departure d = { .reason = disconnect_reason(w->reason.len
+        ? w->reason : w->reason_old), .aborted = aborted, .at = now };
     if (store_mode == STORE_SHARED && w->identity.len && !started)
-        gone_note(w, joined, aborted, wall_ms, now);
-    unsigned reason = disconnect_reason(w->reason.len ? w->reason
-        : w->reason_old);
+        gone_note(w, joined, &d, wall_ms, now);
     uint16_t next;
     for (uint16_t at = *job_chain(w->room); at; at = next) {
         struct job *j = &job_pool[at - 1];
@@ -9135,8 +9148,9 @@ static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
             job_drop_look(j, now);
             job_connect(j, which, w->sid, true, now);
         } else if (left || aborted) {
-            job_left(j, reason, w->sid.len && j->sid_len
-                && !sl_eq(w->sid, (sl){ j->sid, j->sid_len }), aborted, now);
+            d.other_sid = w->sid.len && j->sid_len
+                && !sl_eq(w->sid, (sl){ j->sid, j->sid_len });
+            job_left(j, &d, now);
         }
         job_watch(j);
     }
@@ -10025,9 +10039,10 @@ static bool stream_is_shared(void)
 /* ---- leases ---- */
 
 /* Renew what is ours, give KEYS[..]ARGV[3] away, take what is free up to a
- * fair share. ARGV[2] `go`: give all away. Returns live replicas, Redis'
- * time, the stream's last id, when the next foreign lease may end, how many
- * leases were renewed, then the shards: renewed ones, then new ones. */
+ * fair share (the first by id have one more where 64 does not divide).
+ * ARGV[2] `go`: give all away. Returns live replicas, Redis' time, the
+ * stream's last id, when the next foreign lease may end, how many leases
+ * were renewed, our share, then the shards: renewed ones, then new ones. */
 static const char rep_script[] =
     "local t=redis.call('TIME') "
     "local now=t[1]*1000+math.floor(t[2]/1000) "
@@ -10043,19 +10058,23 @@ static const char rep_script[] =
     "elseif v==me then redis.call('PEXPIRE',k,ARGV[4]) own[#own+1]=s "
     "elseif not v then free[#free+1]=s "
     "else soon=math.min(soon,math.max(redis.call('PTTL',k),0)) end end "
-    "local kept=#own "
-    "if not go then local share=math.ceil(64/n) "
+    "local kept,all=#own,redis.call('ZRANGE',KEYS[1],0,-1) "
+    "local share=math.floor(64/math.max(n,1)) "
+    "local odd=64-share*n "
+    "for i=1,#all do if all[i]<me then odd=odd-1 end end "
+    "if odd>0 then share=share+1 end "
+    "if not go then "
     "for i=1,math.min(#free,share-kept) do local s=free[i] "
     "redis.call('SET','lk-jwt:lease:'..s,me,'PX',ARGV[4]) own[#own+1]=s "
     "end end "
     "local last=redis.call('XREVRANGE',KEYS[2],'+','-','COUNT',1) "
     "local r={n,string.format('%.0f',now),last[1] and last[1][1] or '0-0',"
-    "soon,kept} "
+    "soon,kept,share} "
     "for i=1,#own do r[#r+1]=own[i] end return r";
 
 /* A tick's answer, as it comes in. */
 static struct {
-    int64_t cnt, soon, kept;
+    int64_t cnt, soon, kept, share;
     uint64_t renewed, taken;
     struct place now, last;
     bool is_bad, is_last;            /* last: gives all leases away */
@@ -10082,9 +10101,11 @@ static void rep_item(const struct rsp *e, const unsigned *path,
         tick.soon = e->n;
     else if (i == 4)
         tick.kept = e->n;
+    else if (i == 5)
+        tick.share = e->n;
     else if (e->n >= LIM_SHARD_CNT)
         tick.is_bad = true;
-    else if (i - 5 < (uint64_t)tick.kept)
+    else if (i - 6 < (uint64_t)tick.kept)
         tick.renewed |= 1ULL << e->n;
     else
         tick.taken |= 1ULL << e->n;
@@ -10138,8 +10159,9 @@ static void rep_leases(int64_t now)
 {
     uint8_t num[2][20];
     uint64_t own = tick.renewed | tick.taken, before = rep.mine;
-    if (tick.taken & before && !rep.is_leaving)
-        rep_changed(now);                /* a lease was gone */
+    bool is_early = now < rep.until + LIM_LEASE_MS / 3;
+    if (tick.taken & before || (is_early && before & ~own))
+        rep_changed(now);                /* a lease was gone before its time */
     rep_drop(before & ~own, now);
     rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
     rep.mine = own;
@@ -10148,6 +10170,7 @@ static void rep_leases(int64_t now)
         if (tick.taken >> s & 1)
             rep.from[s] = tick.last;
     rep.cnt = tick.cnt;
+    rep.share = tick.share;
     if (rep.last.ms == 0)
         rep.last.ms = tick.now.ms > LIM_GONE_MS ? tick.now.ms - LIM_GONE_MS
             : 1;
@@ -10187,10 +10210,9 @@ static const struct rds_op rep_op = { "EVAL", 1, 0, 0, rep_item, rep_done };
  * to be told of. Its jobs end here at once. */
 static void rep_give(int64_t now)
 {
-    int64_t share = (LIM_SHARD_CNT + rep.cnt - 1) / (rep.cnt ? rep.cnt : 1);
     uint64_t busy = 0;
     rep.release = -1;
-    if (bits_in(rep.mine) <= share || rep.is_loading || rep.load)
+    if (bits_in(rep.mine) <= rep.share || rep.is_loading || rep.load)
         return;
     for (size_t i = 0; i < job_top; i++)
         if (job_pool[i].state != J_FREE
