@@ -252,6 +252,7 @@ enum {
     LIM_ROOM_HASH    = 4096,   /* chains of jobs by room */
     LIM_API_CNT      = 1024,   /* client-server APIs known */
     LIM_API_CALLS    = 8,      /* calls at one of them at once */
+    LIM_URGENT_MS    = 30000,  /* to its deadline: a restart goes first */
     LIM_SEEN_CNT     = 4096,   /* webhooks remembered, 4-way */
     LIM_SEEN_MS      = 600000,
     LIM_WAIT_MS      = 3600000,    /* for a participant to connect */
@@ -7332,7 +7333,8 @@ static struct api {
     bool is_tls, is_stable;      /* is_stable: the path of MSC4140's end */
     bool is_starved;             /* found no slot for a call */
     uint16_t port, name_len, text_len;
-    unsigned job_cnt, active, max_out;   /* out: 1 while it is silent */
+    unsigned job_cnt, active;    /* active: calls out, of them sends */
+    unsigned sends, max_out;     /* max_out: 2 while it is silent */
     struct trust trust;
     struct lookup *lookup;
     int64_t until, good_until;   /* of the base URL: fresh, usable */
@@ -7424,7 +7426,8 @@ static enum res api_resolve(struct api *a, int64_t now)
     if (!name_parse(name, &n))
         return RES_FAILED;
     a->trust = name_trust(&n, name_is_listed(name));
-    a->lookup = lookup_open_client((uint16_t)api_idx(a), &n, now);
+    if (lookup_may_open(dest_hash(name), name_is_listed(name)))
+        a->lookup = lookup_open_client((uint16_t)api_idx(a), &n, now);
     if (!a->lookup)                     /* all lookups in use: soon again */
         a->until = now + 1000;
     return known ? RES_OK : a->lookup ? RES_WAIT : RES_FAILED;
@@ -8134,7 +8137,8 @@ struct job {
     uint8_t probe;                   /* identity being looked up */
     bool first_unknown;              /* the first look-up of two failed */
     bool is_second_try;
-    bool is_stable;                  /* path of the call that is out */
+    bool is_stable, is_send;         /* path, kind of the call that is out */
+    bool is_unknown;                 /* the last look-up told nothing */
     bool is_found;                   /* connected, as no webhook told */
     uint8_t redirect;                /* slot + 1 of redirect_pool */
     uint16_t api, next;              /* next: chain of the room, idx + 1 */
@@ -8160,7 +8164,7 @@ static struct job_hot {
     uint16_t api;
     uint64_t user;                   /* hash */
     int64_t at;                      /* wanted from then on */
-    int64_t order;                   /* least goes first */
+    int64_t order;                   /* its end; least goes first */
 } job_hot[LIM_JOB_CNT];
 static size_t job_top;               /* above the highest job in use */
 static uint16_t job_room[LIM_ROOM_HASH];
@@ -8340,6 +8344,7 @@ static void job_drop_call(struct job *j, int64_t now)
     j->is_second_try = false;
     job_hot_of(j)->is_out = false;
     api_pool[j->api].active--;
+    api_pool[j->api].sends -= j->is_send;
     api_wake_next();
 }
 
@@ -8416,7 +8421,7 @@ static void job_want(struct job *j, enum job_want want, int64_t at)
     struct job_hot *h = job_hot_of(j);
     h->want = (uint8_t)want;
     h->at = at;
-    h->order = want == WANT_SEND ? INT64_MIN + j->send_end : j->deadline;
+    h->order = want == WANT_SEND ? j->send_end : j->deadline;
     loop_wake(KIND_API, j->api);
 }
 
@@ -8441,6 +8446,8 @@ static void job_connect(struct job *j, unsigned which, sl sid,
         j->sid_len = (uint16_t)sid.len;
         memcpy(j->sid, sid.p, sid.len);
     }
+    if (by_webhook && sid.len == 0)
+        j->sid_len = 0;                  /* a session that we cannot name */
     j->followed = (uint8_t)which;
     j->absent_at = 0;
     j->check = CK_NONE;
@@ -8473,7 +8480,8 @@ static void job_leave(struct job *j, const char *reason, int64_t now)
     j->call_wait_ms = 0;
     job_log(EV_JOB_LEAVING, j, reason);
     job_hot_of(j)->want = WANT_NONE;
-    if (store_mode == STORE_SHARED) {    /* look once more (DESIGN 6) */
+    if (store_mode == STORE_SHARED       /* look once more (DESIGN 6) */
+        || (!was_connected && j->is_unknown)) {
         j->unknown_end = now + j->timeout_ms;
         job_look(j, CK_SEND, now);
     } else {
@@ -8523,6 +8531,7 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
     int64_t wait = backoff_next(&j->look_wait_ms);
     if (p == UNKNOWN)
         job_log(EV_PRESENCE_UNKNOWN, j, "");
+    j->is_unknown = p == UNKNOWN;
     if (p == PRESENT && check == CK_SEND)
         job_back(j, sid, now);
     else if (p == PRESENT)
@@ -8563,7 +8572,9 @@ static void job_looked(struct job *j, enum presence p, sl sid, int64_t now)
         if (now >= end)
             job_gone(j, now);
         else
-            j->check_at = now + wait < end ? now + wait : end;
+            j->check_at = now + wait < end ? now + wait
+                : end > now + LIM_BACKOFF_MIN_MS ? end
+                : now + LIM_BACKOFF_MIN_MS;
         return;
     case CK_SEND:
         j->check_at = now + wait;
@@ -8593,8 +8604,7 @@ static void job_look_ended(struct job *j, int64_t now)
     enum presence p = lk_presence(j->look, (sl){ j->id[j->probe],
         j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
-    if (p == UNKNOWN && j->look->state == UP_DONE
-        && j->look->head.status == 401)
+    if (p == UNKNOWN && !j->is_unknown)  /* not each time */
         lk_log(j->look, (sl){ NULL, 0 });
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
     if (sid.len)
@@ -8660,9 +8670,11 @@ static enum outcome delayed_judge(struct up *u, bool is_send,
         return OUT_TRANSIENT;
     unsigned st = u->head.status;
     sl body = sl_trim((sl){ up_body(u), u->intake.len });
-    bool is_array = sl_starts(body, SL("["));
+    bool other = sl_starts(body, SL("[")) || sl_starts(body, SL("\""))
+        || sl_eq(body, SL("null"));
     int err = js_parse(up_body(u), u->intake.len, &tab, e);
-    bool json = err == 0 || err == -EV_JSON_TYPE || is_array;
+    bool json = err == 0 || err == -EV_JSON_TYPE || err == -EV_JSON_LIMIT
+        || err == -EV_JSON_DUPLICATE || other;
     *wait_ms = retry_after_ms(up_field(u, H1_RETRY_AFTER),
         io_wall_ms() / 1000);
     if (st < 300)
@@ -8738,6 +8750,8 @@ MUST_USE static bool job_start_call(struct job *j, bool is_stable,
         return false;
     job_hot_of(j)->is_out = true;
     a->active++;
+    j->is_send = job_hot_of(j)->want == WANT_SEND;
+    a->sends += j->is_send;
     return true;
 }
 
@@ -8870,7 +8884,7 @@ static void api_pace(struct api *a, enum outcome got, int64_t wait_ms,
 static void job_call_ended(struct job *j, int64_t now)
 {
     struct api *a = &api_pool[j->api];
-    bool is_send = job_hot_of(j)->want == WANT_SEND;
+    bool is_send = j->is_send;
     bool is_answered = j->call->state == UP_DONE;
     struct delayed_error e;
     int64_t wait_ms = 0, begin_us = j->call->begin_us;
@@ -8882,7 +8896,7 @@ static void job_call_ended(struct job *j, int64_t now)
         job_log_failed(j, got, is_send, e.errcode);
     if (is_answered && j->is_stable)     /* remembered once it is known */
         a->is_stable = !sl_eq(e.errcode, SL("M_UNRECOGNIZED"));
-    a->max_out = !is_answered ? 1 : a->max_out < LIM_API_CALLS
+    a->max_out = !is_answered ? 2 : a->max_out < LIM_API_CALLS
         ? a->max_out + 1 : a->max_out;
     job_hot_of(j)->is_last = false;
     job_drop_call(j, now);
@@ -8917,23 +8931,50 @@ static void job_call_ended(struct job *j, int64_t now)
     }
 }
 
+/* Who goes first: a restart whose deadline is near, since others leaving
+ * must not throw out who stays; then sends, then restarts. */
+static int job_rank(const struct job_hot *h, int64_t now)
+{
+    return h->want == WANT_SEND ? 1
+        : h->order - now < LIM_URGENT_MS ? 0 : 2;
+}
+
 /* The job of an API whose call is next, or NULL; *at: when one is due. */
 static struct job *job_pick(const struct api *a, int64_t now, int64_t *at)
 {
     uint16_t api = (uint16_t)api_idx(a);
+    bool no_sends = srv_stopping == 2
+        || a->sends >= (a->max_out > 2 ? a->max_out - 2 : 1);
     size_t best = job_top;
+    int best_rank = 3;
     *at = INT64_MAX;
     for (size_t i = 0; i < job_top; i++) {
         const struct job_hot *h = &job_hot[i];
         if (!h->is_used || h->api != api || h->want == WANT_NONE || h->is_out
-            || (h->want == WANT_SEND && srv_stopping == 2))
+            || (h->want == WANT_SEND && no_sends))
             continue;
-        if (h->at > now)
+        int rank = job_rank(h, now);
+        if (h->at > now) {
             *at = h->at < *at ? h->at : *at;
-        else if (best == job_top || h->order < job_hot[best].order)
+        } else if (rank < best_rank || (rank == best_rank
+                   && h->order < job_hot[best].order)) {
             best = i;
+            best_rank = rank;
+        }
     }
     return best < job_top ? &job_pool[best] : NULL;
+}
+
+/* The base URL is unknown until a->until: transient for all that is due. */
+static void job_all_again(const struct api *a, int64_t now)
+{
+    for (size_t i = 0; i < job_top; i++) {
+        const struct job_hot *h = &job_hot[i];
+        if (h->is_used && h->api == api_idx(a) && h->want != WANT_NONE
+            && !h->is_out && h->at <= now)
+            job_again(&job_pool[i], h->want == WANT_SEND, a->until - now,
+                now);
+    }
 }
 
 /* Start what an API's pace allows. */
@@ -8949,9 +8990,8 @@ static void job_run_queue(struct api *a, int64_t now)
         at = INT64_MAX;
         if (got == RES_WAIT)
             break;
-        if (got == RES_FAILED) {             /* transient, for each of them */
-            job_again(j, job_hot_of(j)->want == WANT_SEND,
-                backoff_next(&j->call_wait_ms), now);
+        if (got == RES_FAILED) {
+            job_all_again(a, now);
             continue;
         }
         if (a->active >= a->max_out)         /* an ended call wakes us */
@@ -9244,13 +9284,12 @@ static struct job *job_find(sl alias, sl identity)
 static enum event job_refuses(const struct job_params *p)
 {
     uint64_t user = dest_hash(p->user);
-    int64_t all = 0, same = 0, server = 0;
+    int64_t all = met.gauge[GA_JOBS], same = 0, server = 0;
     if (job_find(p->alias, p->identity[0]))
         return EV_NONE;
     for (size_t i = 0; i < job_top; i++) {
-        all += job_hot[i].is_used;
         same += job_hot[i].is_used && job_hot[i].user == user;
-        server += job_hot[i].is_used
+        server += cfg.is_open && job_hot[i].is_used
             && sl_eq(p->server, job_server(&job_pool[i]));
     }
     if (all >= cfg.jobs_max || (cfg.is_open && server >= LIM_JOB_SERVER))
@@ -11487,6 +11526,16 @@ MUST_USE static bool exchange_job(const struct exchange *x,
     return true;
 }
 
+/* A delegation that is beyond a cap, or whose identity is too long. */
+static void exchange_full(struct exchange *x, enum event ev, int64_t now)
+{
+    if (ev == EV_FIELD_LIMIT)
+        exchange_fail(x, ev, RE_LONG_IDENTITY, now);
+    else
+        exchange_refuse(x, ev, RE_NO_DELEGATION, ev == EV_JOBS_USER
+            ? RE_USER_LIMIT : RE_LIMITED, now);
+}
+
 static void exchange_accept(struct exchange *x, int64_t now);
 
 /* Steps 9 and 10 of PROTOCOL section 4, and the caps, which come before a
@@ -11502,11 +11551,7 @@ static void exchange_delegate(struct exchange *x, int64_t now)
     enum event full = exchange_job(x, &p, ids) ? job_refuses(&p)
         : EV_FIELD_LIMIT;
     if (full != EV_NONE) {
-        if (full == EV_FIELD_LIMIT)
-            exchange_fail(x, full, RE_LONG_IDENTITY, now);
-        else
-            exchange_refuse(x, full, RE_NO_DELEGATION, full == EV_JOBS_USER
-                ? RE_USER_LIMIT : RE_LIMITED, now);
+        exchange_full(x, full, now);
         return;
     }
     if (!x->api)
@@ -11548,10 +11593,12 @@ static void exchange_accept(struct exchange *x, int64_t now)
         exchange_fail(x, EV_STOP_REFUSED, RE_STOPPING, now);
         return;
     }
-    if (exchange_job(x, &p, ids))
+    enum event full = exchange_job(x, &p, ids) ? job_refuses(&p)
+        : EV_FIELD_LIMIT;
+    if (full == EV_NONE)
         j = job_accept(&p, x->api, now);
     if (!j) {
-        exchange_refuse(x, EV_JOBS_FULL, RE_NO_DELEGATION, RE_LIMITED, now);
+        exchange_full(x, full == EV_NONE ? EV_JOBS_FULL : full, now);
         return;
     }
     if (!j->store || !rds_is_up(RDS_MAIN)) {
@@ -11707,6 +11754,8 @@ static enum step api_step(size_t idx, int revents, int64_t now)
     for (size_t i = 0; was_pending && !a->lookup && i < LIM_SLOT_CNT; i++)
         if (exchange_pool[i].state == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
+    if (was_pending && !a->lookup)
+        exchange_wake(X_WAIT, 0);
     job_run_queue(a, now);
     return STEP_WAIT;
 }
