@@ -284,6 +284,7 @@ enum {
     LIM_LEASE_MS     = 4000,
     LIM_TICK_MS      = 1300,   /* leases are renewed */
     LIM_OUTAGE_MS    = 5000,   /* then replicas act from memory */
+    LIM_SLEEP_MS     = 2000,   /* not having run for so long is a sleep */
     LIM_STREAM_LEN   = 10000,  /* events kept in the stream, about */
     LIM_STREAM_CNT   = 64,     /* events asked for at once */
     LIM_BLOCK_MS     = 2000,   /* XREAD waits */
@@ -8184,11 +8185,11 @@ static struct rep {
     size_t run_id_len;
     uint32_t serial, changed_serial, told_serial;    /* of connections */
     bool is_ticking, is_reading, is_caught_up, is_loading, is_loaded;
-    bool is_leaving, has_left, is_told;
+    bool is_leaving, has_left, is_told, has_slept;
     uint64_t mine, load, loading;
     int release;                     /* shard to give away, -1: none */
     int64_t cnt, share;              /* live replicas, shards for us */
-    int64_t until, sent_at, tick_at, changed_at;
+    int64_t until, sent_at, tick_at, changed_at, awake_at;
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
 
@@ -8211,6 +8212,15 @@ static bool job_may_act(const struct job *j, int64_t now)
 {
     return store_mode != STORE_SHARED || store_is_away(now)
         || (job_is_mine(j) && now < rep.until);
+}
+
+/* Whether it may restart: a second owner's restart does no harm, one that
+ * is missing does. So a Redis that is slow or gone does not stop them; a
+ * sleep of ours does, until the leases are confirmed. */
+static bool job_may_restart(const struct job *j, int64_t now)
+{
+    return job_may_act(j, now) || (job_is_mine(j) && !rep.has_slept
+        && now - rep.awake_at < LIM_SLEEP_MS);
 }
 
 static size_t job_idx(const struct job *j)
@@ -8984,7 +8994,8 @@ static void job_run_queue(struct api *a, int64_t now)
     struct job *j;
     while ((j = job_pick(a, now, &at)) != NULL) {
         at = now + LIM_TICK_MS / 2;
-        if (!job_may_act(j, now))
+        if (!(job_hot_of(j)->want == WANT_SEND ? job_may_act(j, now)
+              : job_may_restart(j, now)))
             break;
         enum res got = api_resolve(a, now);
         at = INT64_MAX;
@@ -9982,10 +9993,20 @@ static struct {
     struct place at;
     uint8_t key;                     /* t j: name of the first; else 0 */
     uint8_t next;                    /* first letter of the value to come */
+    bool is_used;
     size_t len;
     uint8_t text[LIM_RECORD_LEN];
 } stream_entry;
 static unsigned stream_cnt;
+
+/* The entry is complete. */
+static void stream_next(void)
+{
+    if (!stream_entry.is_used)
+        LOG(EV_WEBHOOK_BAD, KV("source", SL("stream")),
+            KV("reason", SL("neither webhook nor delegation")));
+    rep.last = stream_entry.at;
+}
 
 /* XREAD: streams, of them name and entries, of them id and fields. */
 static void stream_item(const struct rsp *e, const unsigned *path,
@@ -9993,8 +10014,9 @@ static void stream_item(const struct rsp *e, const unsigned *path,
 {
     if (depth == 4 && path[3] == 0) {
         if (stream_cnt++)
-            rep.last = stream_entry.at;
+            stream_next();
         stream_entry.key = stream_entry.next = 0;
+        stream_entry.is_used = false;
         if (e->type != RSP_BULK || !place_parse(e->text, &stream_entry.at))
             rds_pool[RDS_STREAM].fault = "malformed stream id";
     }
@@ -10013,10 +10035,14 @@ static void stream_item(const struct rsp *e, const unsigned *path,
         stream_entry.len = fits ? e->text.len : 0;
         if (stream_entry.len)
             memcpy(stream_entry.text, e->text.p, stream_entry.len);
-    } else if (path[4] == 3 && stream_entry.key == 't' && stream_entry.next == 'b') {
+    } else if (path[4] == 3 && stream_entry.key == 't'
+               && stream_entry.next == 'b') {
+        stream_entry.is_used = true;
         stream_webhook((sl){ stream_entry.text, stream_entry.len }, e->text,
             (int64_t)stream_entry.at.ms, now);
-    } else if (path[4] == 3 && stream_entry.key == 'j' && stream_entry.next == 'r') {
+    } else if (path[4] == 3 && stream_entry.key == 'j'
+               && stream_entry.next == 'r') {
+        stream_entry.is_used = true;
         stream_job((sl){ stream_entry.text, stream_entry.len }, e->text, stream_entry.at, now);
     }
 }
@@ -10037,7 +10063,7 @@ static void stream_done(uint16_t idx, const struct rsp *e, int64_t now)
         return;
     }
     if (stream_cnt)
-        rep.last = stream_entry.at;
+        stream_next();
     rep.is_caught_up |= stream_cnt < LIM_STREAM_CNT;
     stream_cnt = 0;
 }
@@ -10203,6 +10229,7 @@ static void rep_leases(int64_t now)
         rep_changed(now);                /* a lease was gone before its time */
     rep_drop(before & ~own, now);
     rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
+    rep.has_slept = false;
     rep.mine = own;
     rep.load = (rep.load & own) | tick.taken;
     for (unsigned s = 0; s < LIM_SHARD_CNT; s++)
@@ -10343,6 +10370,8 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
     (void)revents;
     if (main->state == RD_OFF)
         return STEP_WAIT;
+    rep.has_slept |= rep.awake_at && now - rep.awake_at >= LIM_SLEEP_MS;
+    rep.awake_at = now;
     if (main->state == RD_UP) {
         if (rep.serial != main->serial)
             rep_connected(now);
@@ -10358,6 +10387,8 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
         at = rep.is_told ? at : main->down_at + LIM_OUTAGE_MS;
     }
     stream_run(now);
+    if (store_mode == STORE_SHARED && at > now + LIM_SLEEP_MS / 2)
+        at = now + LIM_SLEEP_MS / 2;     /* shows that we run */
     loop_set(KIND_REPLICA, 0, -1, 0, at);
     return STEP_WAIT;
 }
@@ -10376,7 +10407,7 @@ static void job_stop(int64_t now)
     for (size_t i = 0; i < job_top; i++) {
         struct job *j = &job_pool[i];
         struct job_hot *h = &job_hot[i];
-        if (j->state != J_CONNECTED || h->is_out || !job_may_act(j, now)
+        if (j->state != J_CONNECTED || h->is_out || !job_may_restart(j, now)
             || j->restart_at > now + LIM_STOP_RESTART_MS)
             continue;
         h->is_last = true;
