@@ -25,26 +25,31 @@
  * grant; conn_answer replies. One thread, one poll: loop_round (26).
  * A delayed leave that is handed over becomes a job (21): webhooks and
  * look-ups tell it where the participant is, api_step restarts or sends.
+ * With Redis (20) job_store writes it down before the client is answered;
+ * rep_step leases shards of the jobs, stream_run reads the webhooks and
+ * delegations that other replicas took.
  *
  * The file reads bottom-up; a function stands below all it calls.
- *   01 build     05 bytes    11 jwt        15 log, resolver   23 io
- *   02 limits    06 text     12 der        16 tls             24 config
- *   03 events    07 json     13 formats    17 upstream        26 loop
- *   04 types     08 http1    14 metrics    18 matrix          27 main
- *                09 dns                    19 livekit
+ *   01 build     05 bytes    10 resp       15 log, resolver   23 io
+ *   02 limits    06 text     11 jwt        16 tls             24 config
+ *   03 events    07 json     12 der        17 upstream        26 loop
+ *   04 types     08 http1    13 formats    18 matrix          27 main
+ *                09 dns      14 metrics    19 livekit
+ *                                          20 redis
  *                                          21 jobs
  *                                          22 server
  * PART I (05-14) is pure: bytes in, values out, no system call, nothing
  * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
  * the state machines; they see the world through the io_* functions
  * declared at its head and a `now` parameter. PART III makes the system
- * calls. Numbers 10, 20 and 25 are kept for Redis and the sandbox.
+ * calls. Number 25 is kept for the sandbox.
  *
  * Whose bytes, and what they may do
  *   anyone      HTTP and JSON: one bounded lookup at the server it names
  *   homeserver  DNS, TLS, HTTP: accept or refuse its own users
  *   nameserver  answers: addresses, which are filtered, then proven by TLS
  *   SFU         replies and signed webhooks: who is in a room
+ *   Redis       stored jobs and events, judged as if they came from clients
  *   operator    environment and files: everything
  *
  * GRANTS: the functions that give something away; each is short.
@@ -88,6 +93,8 @@
  *   S17     a user's jobs are capped; restarts are 0.8 s apart
  *           job_refuses, job_done             blackbox/test_leave.py
  *   S18     overflow is an error: bb_put, js_int_from, sl_u64    unit.c
+ *   S19     no stored job acts that a client could not create now
+ *           rec_parse, load_job               blackbox/test_redis.py
  *   S20     DNS answers match id and question; none loops
  *           dns_parse                         blackbox/test_dns.py
  *   S21     a certificate needs SAN, server use, an unconstrained path
@@ -97,15 +104,26 @@
  *   S24     all lookup failures reply alike: exchange_fail
  *                                             blackbox/test_upstream.py
  *   S25     no input ends the process: must() on our own state only
- *   S28     SIGTERM exits 0 within the drain time
+ *   S27     losing Redis or a replica loses no job and sends no leave for
+ *           a connected participant: job_may_act, job_leave
+ *                                             blackbox/test_replicas.py
+ *   S28     SIGTERM exits 0 within the drain time, sends no leave
  *                                             blackbox/test_operations.py
  *   S30     every TLS context is seeded by getrandom: chan_start_tls
  *
  * How to audit: build twice without a network and compare; `make audit`;
  * read 00-04, then 05-14 line by line, then the functions above.
  * Choices where the documents are silent
- *   - Jobs live in memory: a restart forgets them, and the homeserver
- *     fires the event when its own delay is over.
+ *   - Without Redis jobs live in memory: a restart forgets them, and the
+ *     homeserver fires the event when its own delay is over.
+ *   - A restart needs no lease while Redis is slow or away (two are
+ *     harmless, none throws a participant out), but for a replica that
+ *     was itself asleep. Sends always need it, or five seconds' outage.
+ *   - The caps on jobs hold on each replica for the shards it has.
+ *   - A restart whose deadline is less than 30 s off goes before sends.
+ *   - A wait that ends with the presence unknown asks on, at most T.
+ *   - Without a webhook for ten minutes is told only of a participant that
+ *     a look-up found: a quiet call has none.
  *   - A webhook's token is judged before a large body is read, its hash
  *     afterwards.
  *   - The look-up before a restart holds it up for 2 s at most, or a
@@ -283,6 +301,7 @@ enum {
     LIM_SHARD_CNT    = 64,
     LIM_LEASE_MS     = 4000,
     LIM_TICK_MS      = 1300,   /* leases are renewed */
+    LIM_SHARE_MS     = 300,    /* the same, while shards change hands */
     LIM_OUTAGE_MS    = 5000,   /* then replicas act from memory */
     LIM_SLEEP_MS     = 2000,   /* not having run for so long is a sleep */
     LIM_STREAM_LEN   = 10000,  /* events kept in the stream, about */
@@ -8183,7 +8202,7 @@ struct place { uint64_t ms, seq; };
 static struct rep {
     uint8_t id[16], run_id[40];
     size_t run_id_len;
-    uint32_t serial, changed_serial, told_serial;    /* of connections */
+    uint32_t serial, told_serial;    /* of connections */
     bool is_ticking, is_reading, is_caught_up, is_loading, is_loaded;
     bool is_leaving, has_left, is_told, has_slept;
     uint64_t mine, load, loading;
@@ -9383,7 +9402,8 @@ static void store_forget(sl alias, sl identity)
 {
     for (size_t i = 0; met.gauge[GA_UNSAVED] && i < job_top; i++) {
         struct job *j = &job_pool[i];
-        if (j->state != J_OVER || !sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
+        if (j->state != J_OVER
+            || !sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
             || !sl_eq(identity, (sl){ j->id[0], j->id_len[0] }))
             continue;
         j->is_forgotten = true;
@@ -10043,7 +10063,8 @@ static void stream_item(const struct rsp *e, const unsigned *path,
     } else if (path[4] == 3 && stream_entry.key == 'j'
                && stream_entry.next == 'r') {
         stream_entry.is_used = true;
-        stream_job((sl){ stream_entry.text, stream_entry.len }, e->text, stream_entry.at, now);
+        stream_job((sl){ stream_entry.text, stream_entry.len }, e->text,
+            stream_entry.at, now);
     }
 }
 
@@ -10179,10 +10200,8 @@ static void rep_item(const struct rsp *e, const unsigned *path,
 /* Another Redis, or one that forgot: write all again, believe nothing. */
 static void rep_changed(int64_t now)
 {
-    if (rep.changed_serial == rep.serial)
-        return;
-    LOG0(EV_REDIS_CHANGED);
-    rep.changed_serial = rep.serial;
+    if (!rep.changed_at || now - rep.changed_at >= LIM_RECHECK_MS)
+        LOG0(EV_REDIS_CHANGED);          /* not twice for one change */
     rep.changed_at = now;
     rep.last.ms = 0;                     /* set by the next tick */
     for (size_t i = 0; i < job_top; i++)
@@ -10240,6 +10259,8 @@ static void rep_leases(int64_t now)
     if (rep.last.ms == 0)
         rep.last.ms = tick.now.ms > LIM_GONE_MS ? tick.now.ms - LIM_GONE_MS
             : 1;
+    if (bits_in(own) < rep.share && rep.tick_at > now + LIM_SHARE_MS)
+        rep.tick_at = now + LIM_SHARE_MS;
     if (tick.soon < LIM_TICK_MS && rep.tick_at > now + tick.soon + 20)
         rep.tick_at = now + tick.soon + 20;
     met.gauge[GA_REPLICAS] = rep.cnt;
@@ -10305,7 +10326,7 @@ static void rep_tick(int64_t now)
     tick.is_last = rep.is_leaving;
     rep.is_ticking = true;
     rep.sent_at = now;
-    rep.tick_at = now + LIM_TICK_MS;
+    rep.tick_at = now + (rep.release < 0 ? LIM_TICK_MS : LIM_SHARE_MS);
     rds_send(RDS_MAIN, &rep_op, 0, (sl[]){ SL("EVAL"), sl_str(rep_script),
         SL("2"), sl_str(store_replicas), sl_str(store_stream),
         { rep.id, sizeof rep.id }, rep.is_leaving ? SL("go") : SL("stay"),
@@ -10368,7 +10389,7 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
     int64_t at = INT64_MAX;
     (void)idx;
     (void)revents;
-    if (main->state == RD_OFF)
+    if (store_mode == STORE_NONE)        /* --check */
         return STEP_WAIT;
     rep.has_slept |= rep.awake_at && now - rep.awake_at >= LIM_SLEEP_MS;
     rep.awake_at = now;
@@ -13701,7 +13722,7 @@ static const struct command {
 } command_tab[] = {
     { "", "", "serve", 0, main_serve },
     { "--check", " [SERVER_NAME]",
-      "test configuration, SFU and, when named, a homeserver", 1,
+      "test configuration, SFU, Redis and, when named, a homeserver", 1,
       main_check },
     { "--healthcheck", "", "exit 0 if the local instance answers", 0,
       main_healthcheck },
@@ -13842,6 +13863,7 @@ static bool main_redis(const sigset_t *mask)
     static const char hex[] = "0123456789abcdef";
     struct rds *r = &rds_pool[RDS_MAIN];
     uint8_t raw[8];
+    char text[128];
     io_random(raw, sizeof raw);
     for (size_t i = 0; i < sizeof rep.id; i++)
         rep.id[i] = (uint8_t)hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
@@ -13849,8 +13871,9 @@ static bool main_redis(const sigset_t *mask)
     rds_start(RDS_MAIN, io_now());
     while (!loop_is_over && r->state != RD_PAUSE && !rep_is_ready())
         loop_round(mask);
+    snprintf(text, sizeof text, "no Redis there: %s", rds_last_fault);
     if (r->state == RD_PAUSE)
-        cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL", rds_last_fault);
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL", text);
     return !loop_is_over && r->state != RD_PAUSE;
 }
 
@@ -13886,83 +13909,90 @@ static int main_serve(int argc, char **argv)
 
 /* ---- --healthcheck ---- */
 
-/* Ask one address for /healthz within the time left. 0 is healthy. */
-static bool health_ask(int fd, const struct sockaddr *sa, socklen_t len,
-    int64_t end)
+/* A question to a running instance: the request, where the reply goes, how
+ * much of it is enough, until when. */
+struct ask {
+    sl request;
+    uint8_t *reply;
+    size_t cap, len;
+    int64_t end;
+};
+
+/* Ask over a new socket. False: no complete answer. */
+static bool ask_fd(struct ask *k, int fd, const struct sockaddr *sa,
+    socklen_t len)
 {
-    static const char request[] = "GET /healthz HTTP/1.1\r\n"
-        "Host: localhost\r\nConnection: close\r\n\r\n";
-    char reply[64];
-    size_t got = 0;
-    if (connect(fd, sa, len) < 0 && errno != EINPROGRESS)
-        return false;
     struct pollfd p = { fd, POLLOUT, 0 };
-    int64_t left = end - io_now();
-    if (left <= 0 || poll(&p, 1, (int)left) != 1 || io_connected(fd)
-        || io_write(fd, SL(request)) != (ssize_t)sizeof request - 1)
+    int64_t left = k->end - io_now();
+    k->len = 0;
+    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS) || left <= 0
+        || poll(&p, 1, (int)left) != 1 || io_connected(fd)
+        || io_write(fd, k->request) != (ssize_t)k->request.len)
         return false;
-    while (got < 13) {
+    while (k->len < k->cap) {
         p.events = POLLIN;
-        left = end - io_now();
+        left = k->end - io_now();
         if (left <= 0 || poll(&p, 1, (int)left) != 1)
             return false;
-        ssize_t n = io_read(fd, (uint8_t *)reply + got, sizeof reply - got);
+        ssize_t n = io_read(fd, k->reply + k->len, k->cap - k->len);
         if (n <= 0)
-            return false;
-        got += (size_t)n;
+            return n == 0 && k->len > 0;
+        k->len += (size_t)n;
     }
-    return memcmp(reply, "HTTP/1.1 200 ", 13) == 0;
+    return true;
 }
 
-static bool health_ask_addr(const struct addr *a, int64_t end)
+static bool ask_addr(struct ask *k, const struct addr *a)
 {
     struct sockaddr_storage sa;
     socklen_t len = io_sockaddr(a, &sa);
     int fd = socket(sa.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
         0);
-    bool ok = fd >= 0 && health_ask(fd, (struct sockaddr *)&sa, len, end);
+    bool ok = fd >= 0 && ask_fd(k, fd, (struct sockaddr *)&sa, len);
     io_close(&fd);
     return ok;
 }
 
-static bool health_ask_unix(sl path, int64_t end)
-{
-    struct sockaddr_un sa;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    bool ok = fd >= 0 && io_unix_addr(path, &sa)
-        && health_ask(fd, (struct sockaddr *)&sa, sizeof sa, end);
-    io_close(&fd);
-    return ok;
-}
-
-/* Probe the address that the bind variables name (PROTOCOL section 14). */
-static int main_healthcheck(int argc, char **argv)
+/* Ask whoever listens at a bind value (PROTOCOL section 14). */
+static bool ask_bind(struct ask *k, const struct bind *b)
 {
     static const struct ip loop4 = { .b = { 127, 0, 0, 1 } };
     static const struct ip loop6 = { .b = { [15] = 1 }, .v6 = true };
-    int64_t end = io_now() + 2500;
-    bool ok;
+    struct addr a = b->addr, other = b->addr;
+    struct sockaddr_un sa;
+    if (b->is_unix) {
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC,
+            0);
+        bool ok = fd >= 0 && io_unix_addr(b->path, &sa)
+            && ask_fd(k, fd, (struct sockaddr *)&sa, sizeof sa);
+        io_close(&fd);
+        return ok;
+    }
+    if (!b->is_any)
+        return ask_addr(k, &a);
+    bool six_first = b->is_dual && b->host.p == NULL;
+    a.ip = six_first ? loop6 : loop4;
+    other.ip = six_first ? loop4 : loop6;
+    return ask_addr(k, &a) || (b->is_dual && ask_addr(k, &other));
+}
+
+/* Probe the address that the bind variables name. */
+static int main_healthcheck(int argc, char **argv)
+{
+    uint8_t reply[13];
+    struct ask k = { SL("GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+        "Connection: close\r\n\r\n"), reply, sizeof reply, 0,
+        io_now() + 2500 };
     (void)argc;
     (void)argv;
     cfg.log_level = 'e';
     cfg_binds();
-    const struct bind *b = &cfg.bind;
     if (cfg_fault_cnt) {
         out("unhealthy: LIVEKIT_JWT_BIND or LIVEKIT_JWT_PORT is unusable\n");
         return 1;
     }
-    struct addr a = b->addr, other = b->addr;
-    if (b->is_unix) {
-        ok = health_ask_unix(b->path, end);
-    } else if (b->is_any) {
-        bool six_first = b->is_dual && b->host.p == NULL;
-        a.ip = six_first ? loop6 : loop4;
-        other.ip = six_first ? loop4 : loop6;
-        ok = health_ask_addr(&a, end)
-            || (b->is_dual && health_ask_addr(&other, end));
-    } else {
-        ok = health_ask_addr(&a, end);
-    }
+    bool ok = ask_bind(&k, &cfg.bind) && k.len == sizeof reply
+        && memcmp(reply, "HTTP/1.1 200 ", sizeof reply) == 0;
     if (!ok)
         out("unhealthy: no 200 from /healthz\n");
     return ok ? 0 : 1;
@@ -14088,8 +14118,57 @@ static void check_homeserver(int64_t now)
     lookup_close(l, io_now());
 }
 
-/* Test the configuration, the SFU and, when named, a homeserver: one line
- * a step on stdout. */
+static bool check_redis_over(void)
+{
+    return rds_is_up(RDS_MAIN) || rds_pool[RDS_MAIN].state == RD_PAUSE;
+}
+
+static void check_redis(int64_t now)
+{
+    if (!cfg.has_redis)
+        return;
+    rds_start(RDS_MAIN, now);
+    check_run(check_redis_over);
+    bool ok = rds_is_up(RDS_MAIN);
+    check_line("redis", ok, ok ? SL("answers, log-in accepted")
+        : sl_str(rds_last_fault));
+    check_failed |= !ok;
+}
+
+/* The value of a metric in a reply, 0 when it is not there. */
+static uint64_t check_metric(sl text, const char *name)
+{
+    sl line, want = sl_str(name);
+    uint64_t v = 0;
+    while (sl_word(&text, "\r\n", &line))
+        if (sl_starts(line, want)
+            && !sl_u64(sl_skip(line, want.len), INT64_MAX, &v))
+            return 0;
+    return v;
+}
+
+/* Ask the running instance whether the SFU's webhooks arrive. */
+static void check_webhooks(void)
+{
+    struct ask k = { SL("GET /metrics HTTP/1.0\r\n\r\n"), file_buf,
+        sizeof file_buf, 0, io_now() + 2500 };
+    char text[80];
+    if (!cfg.has_metrics || !ask_bind(&k, &cfg.metrics))
+        return;
+    sl reply = { file_buf, k.len };
+    uint64_t got = check_metric(reply,
+        "lkjwt_events_total{event=\"WEBHOOK\"} ");
+    bool ok = check_metric(reply,
+        "lkjwt_events_total{event=\"NO_WEBHOOK\"} ") == 0;
+    snprintf(text, sizeof text, "%llu since the start",
+        (unsigned long long)got);
+    check_line("webhooks", ok, sl_str(ok ? text
+        : event_tab[EV_NO_WEBHOOK].text));
+    check_failed |= !ok;
+}
+
+/* Test the configuration, the SFU, Redis and, when named, a homeserver: one
+ * line a step on stdout. */
 static int main_check(int argc, char **argv)
 {
     char text[64];
@@ -14102,6 +14181,8 @@ static int main_check(int argc, char **argv)
     if (!ok)
         return 1;
     check_sfu(io_now());
+    check_redis(io_now());
+    check_webhooks();
     if (argc > 0) {
         check_server = sl_str(argv[0]);
         note_hook = check_line;
