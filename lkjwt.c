@@ -32,9 +32,9 @@
  * The file reads bottom-up; a function stands below all it calls.
  *   01 build     05 bytes    10 resp       15 log, resolver   23 io
  *   02 limits    06 text     11 jwt        16 tls             24 config
- *   03 events    07 json     12 der        17 upstream        26 loop
- *   04 types     08 http1    13 formats    18 matrix          27 main
- *                09 dns      14 metrics    19 livekit
+ *   03 events    07 json     12 der        17 upstream        25 jail
+ *   04 types     08 http1    13 formats    18 matrix          26 loop
+ *                09 dns      14 metrics    19 livekit         27 main
  *                                          20 redis
  *                                          21 jobs
  *                                          22 server
@@ -42,7 +42,7 @@
  * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
  * the state machines; they see the world through the io_* functions
  * declared at its head and a `now` parameter. PART III makes the system
- * calls. Number 25 is kept for the sandbox.
+ * calls.
  *
  * Whose bytes, and what they may do
  *   anyone      HTTP and JSON: one bounded lookup at the server it names
@@ -107,6 +107,8 @@
  *   S27     losing Redis or a replica loses no job and sends no leave for
  *           a connected participant: job_may_act, job_leave
  *                                             blackbox/test_replicas.py
+ *   S26     after start only CA files, resolv.conf, hosts are opened,
+ *           read-only; no program runs: jail_enter  blackbox/test_jail.py
  *   S28     SIGTERM exits 0 within the drain time, sends no leave
  *                                             blackbox/test_operations.py
  *   S30     every TLS context is seeded by getrandom: chan_start_tls
@@ -140,6 +142,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -151,6 +154,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -301,7 +305,7 @@ enum {
     LIM_SHARD_CNT    = 64,
     LIM_LEASE_MS     = 4000,
     LIM_TICK_MS      = 1300,   /* leases are renewed */
-    LIM_SHARE_MS     = 300,    /* the same, while shards change hands */
+    LIM_SHARE_MS     = 130,    /* the same, while shards are given away */
     LIM_OUTAGE_MS    = 5000,   /* then replicas act from memory */
     LIM_SLEEP_MS     = 2000,   /* not having run for so long is a sleep */
     LIM_STREAM_LEN   = 10000,  /* events kept in the stream, about */
@@ -370,6 +374,8 @@ enum {
     X(LIMITS,         1010, 'i', "limits in force") \
     X(BIND_FAILED,    1011, 'e', "cannot listen") \
     X(FILES_READ,     1012, 'i', "resolver files read") \
+    X(JAIL,           1013, 'i', "sandbox entered") \
+    X(JAIL_BAD,       1014, 'e', "a layer of the sandbox does not hold") \
     X(REQUEST,        1101, 'd', "request answered") \
     X(NOT_FOUND,      1103, 'd', "no such path") \
     X(PREFIX_HINT,    1104, 'w', \
@@ -699,6 +705,8 @@ struct cfg {
     bool private_deny, insecure, restricted_publish, can_update, strict;
     bool log_json;
     char log_level;                  /* e w i d */
+    char jail;                       /* a auto, o off, r require */
+    int64_t uid;                     /* to change to from root */
     struct bind bind, metrics;
     bool has_metrics;
     sl prefix, hosts_file, ca_file, cert_file, cert_dir;
@@ -4098,6 +4106,21 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(ANCHORS, "lkjwt_trust_anchors", "Trust anchors loaded.") \
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
+#define JAIL_LAYER_TAB(X) \
+    X(CORE, "core") X(IDS, "ids") X(PRIVS, "privs") X(DUMP, "dump") \
+    X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
+
+enum jail_layer {
+#define X(name, text) JL_##name,
+    JAIL_LAYER_TAB(X)
+#undef X
+    JL_CNT
+};
+static const char *const jail_layer_tab[JL_CNT] = {
+#define X(name, text) [JL_##name] = text,
+    JAIL_LAYER_TAB(X)
+#undef X
+};
 enum route_label {
 #define X(name, text) RL_##name,
     ROUTE_LABEL_TAB(X)
@@ -4155,6 +4178,7 @@ struct met {
     struct histogram upstream_time[TL_CNT];
     uint64_t reused, resumed, handshakes, evicted, log_lost;
     int64_t gauge[GA_CNT];
+    bool jail[JL_CNT];
     int64_t cpu_us, resident, start_ms;
 };
 
@@ -4302,6 +4326,11 @@ static void met_put(struct bb *b, const struct met *m)
     for (size_t g = 0; g < GA_CNT; g++) {
         met_head(b, gauge_tab[g].label, "gauge", gauge_tab[g].help);
         met_line(b, gauge_tab[g].label, "", (uint64_t)m->gauge[g]);
+    }
+    met_head(b, "lkjwt_jail", "gauge", "1: this layer of the sandbox holds.");
+    for (size_t i = 0; i < JL_CNT; i++) {
+        snprintf(text, sizeof text, "{layer=\"%s\"}", jail_layer_tab[i]);
+        met_line(b, "lkjwt_jail", text, m->jail[i]);
     }
     met_head(b, "lkjwt_build_info", "gauge", "Always 1.");
     met_line(b, "lkjwt_build_info{version=\"" LKJWT_VERSION "\"}", "", 1);
@@ -7796,7 +7825,8 @@ static sl rds_code(const struct rsp *e)
     size_t n = 0;
     while (n < e->text.len && e->text.p[n] >= 'A' && e->text.p[n] <= 'Z')
         n++;
-    return (sl){ e->text.p, n < 20 ? n : 0 };
+    bool whole = n == e->text.len || e->text.p[n] == ' ';
+    return (sl){ e->text.p, whole && n <= 20 ? n : 0 };
 }
 
 static void rds_log_refused(const char *command, const struct rsp *e)
@@ -10259,8 +10289,6 @@ static void rep_leases(int64_t now)
     if (rep.last.ms == 0)
         rep.last.ms = tick.now.ms > LIM_GONE_MS ? tick.now.ms - LIM_GONE_MS
             : 1;
-    if (bits_in(own) < rep.share && rep.tick_at > now + LIM_SHARE_MS)
-        rep.tick_at = now + LIM_SHARE_MS;
     if (tick.soon < LIM_TICK_MS && rep.tick_at > now + tick.soon + 20)
         rep.tick_at = now + tick.soon + 20;
     met.gauge[GA_REPLICAS] = rep.cnt;
@@ -12442,6 +12470,10 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       "0", "seconds from SIGTERM to the end of accepting") \
     X(LKJWT_DRAIN_S, ENV_NUMBER, TO(drain_ms), NULL, 0, 600, 1000, "7", \
       "seconds for requests in flight after that") \
+    X(LKJWT_JAIL, ENV_OTHER, NULL, NULL, 0, 0, 0, "auto", \
+      "sandbox: auto, require (end where a layer does not hold) or off") \
+    X(LKJWT_UID, ENV_NUMBER, TO(uid), NULL, 0, INT32_MAX, 1, "65532", \
+      "user and group to become when started as root; 0: stay root") \
     X(LKJWT_STRICT, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "yes: short secrets, `*`, TLS-off, ws:// to a public host are fatal") \
     X(LIVEKIT_REDIS_URL, ENV_SECRET, NULL, NULL, 0, 0, 0, "", \
@@ -12899,6 +12931,11 @@ static void cfg_words(void)
     cfg.log_json = sl_eq(v, SL("json"));
     if (v.len && !cfg.log_json && !sl_eq(v, SL("logfmt")))
         cfg_say(EV_CONFIG_BAD, "LKJWT_LOG_FORMAT", "must be logfmt or json");
+    v = env_get("LKJWT_JAIL");
+    cfg.jail = v.len == 0 || sl_eq(v, SL("auto")) ? 'a'
+        : sl_eq(v, SL("off")) ? 'o' : sl_eq(v, SL("require")) ? 'r' : 0;
+    if (!cfg.jail)
+        cfg_say(EV_CONFIG_BAD, "LKJWT_JAIL", "must be auto, require or off");
     v = env_get("LKJWT_STRICT");
     cfg.strict = sl_eq(v, SL("yes")) || sl_eq(v, SL("true"));
     if (v.len && !cfg.strict && !sl_eq(v, SL("no")) && !sl_eq(v, SL("false")))
@@ -13149,16 +13186,24 @@ static void ca_folder(struct ca_load *l, sl dir)
         ca_note(l, dir);
 }
 
+/* Where systems keep their bundle, in the order they are tried. */
+static const char *const ca_bundle[] = {
+    "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem", "/etc/pki/tls/cacert.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem" };
+
+/* Folders of PEM files, colons between. */
+static sl ca_folders(void)
+{
+    return cfg.cert_dir.len || cfg.ca_only ? cfg.cert_dir
+        : SL("/etc/ssl/certs:/etc/pki/tls/certs");
+}
+
 /* Build a set from all sources (DESIGN 4.5), swap it in. A bad named file
  * keeps the old set. Returns false when there is no set to serve with. */
 static bool ca_load(void)
 {
-    static const char *const bundle[] = {
-        "/etc/ssl/certs/ca-certificates.crt",
-        "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
-        "/etc/pki/tls/cacert.pem",
-        "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-        "/etc/ssl/cert.pem" };
     static struct ca_load load;
     struct ca_load *l = &load;
     uint8_t num[20], skipped[20];
@@ -13168,16 +13213,14 @@ static bool ca_load(void)
         false };
     l->set->len = l->set->cnt = l->set->skipped = l->set->read = 0;
     ca_named(l, "SSL_CERT_FILE", cfg.cert_file);
-    for (size_t i = 0; i < COUNT_OF(bundle) && !cfg.ca_only && !has_system;
+    for (size_t i = 0; i < COUNT_OF(ca_bundle) && !cfg.ca_only && !has_system;
          i++) {
         struct stat st;
-        has_system = stat(bundle[i], &st) == 0;
-        if (has_system && cfg.cert_file.len == 0 && ca_file(l, bundle[i]) > 0)
-            ca_note(l, sl_str(bundle[i]));
+        has_system = stat(ca_bundle[i], &st) == 0;
+        if (has_system && cfg.cert_file.len == 0 && ca_file(l, ca_bundle[i]) > 0)
+            ca_note(l, sl_str(ca_bundle[i]));
     }
-    sl dirs = cfg.cert_dir, dir;
-    if (dirs.len == 0 && !cfg.ca_only)
-        dirs = SL("/etc/ssl/certs:/etc/pki/tls/certs");
+    sl dirs = ca_folders(), dir;
     while (sl_word(&dirs, ":", &dir))
         ca_folder(l, dir);
     ca_named(l, "LKJWT_CA_FILE", cfg.ca_file);
@@ -13210,6 +13253,397 @@ static void ca_reload(void)
     for (size_t i = 0; i < LIM_CHAN_CNT; i++)
         if (chan_pool[i].state == CHAN_IDLE)
             chan_close(&chan_pool[i]);
+}
+
+/* ==== 25 JAIL ====================== PART III: WORLD ==================
+ * Purpose  Give up what serving does not need (SECURITY section 6), in
+ *          layers; the start-up line and a metric say which ones hold.
+ * INV-L1   After jail_enter only folders named here are readable, nothing
+ *          is writable, no program runs (S26).
+ * LKJWT_JAIL: auto goes on without what the kernel or an outer filter
+ * forbids, require ends there, off does nothing.
+ */
+enum jail_arch { JA_X86_64, JA_AARCH64, JA_ARMV7, JA_CNT };
+#if defined __x86_64__
+static const enum jail_arch jail_here = JA_X86_64;
+#elif defined __aarch64__
+static const enum jail_arch jail_here = JA_AARCH64;
+#elif defined __arm__
+static const enum jail_arch jail_here = JA_ARMV7;
+#else
+static const enum jail_arch jail_here = JA_CNT;  /* no filter known */
+#endif
+
+/* What becomes of a system call. */
+enum jail_rule { JR_ALLOW, JR_KILL, JR_SOCKET, JR_FCNTL, JR_OPENAT,
+    JR_EXEC,                         /* mapped executable: killed */
+    JR_UNLINK };                     /* our unix socket, at the end */
+
+static const struct jail_row {
+    int16_t nr[JA_CNT];              /* -1: there is none */
+    uint8_t rule;
+} jail_tab[] = {
+    { { 0, 63, 3 }, JR_ALLOW },      /* read */
+    { { 1, 64, 4 }, JR_ALLOW },      /* write */
+    { { 20, 66, 146 }, JR_ALLOW },   /* writev */
+    { { 3, 57, 6 }, JR_ALLOW },      /* close */
+    { { 48, 210, 293 }, JR_ALLOW },  /* shutdown */
+    { { 42, 203, 283 }, JR_ALLOW },  /* connect */
+    { { 288, 242, 366 }, JR_ALLOW }, /* accept4 */
+    { { 44, 206, 290 }, JR_ALLOW },  /* sendto */
+    { { 45, 207, 292 }, JR_ALLOW },  /* recvfrom */
+    { { 46, 211, 296 }, JR_ALLOW },  /* sendmsg */
+    { { 47, 212, 297 }, JR_ALLOW },  /* recvmsg */
+    { { 55, 209, 295 }, JR_ALLOW },  /* getsockopt */
+    { { 54, 208, 294 }, JR_ALLOW },  /* setsockopt */
+    { { 51, 204, 286 }, JR_ALLOW },  /* getsockname */
+    { { 52, 205, 287 }, JR_ALLOW },  /* getpeername */
+    { { 271, 73, 336 }, JR_ALLOW },  /* ppoll */
+    { { -1, -1, 414 }, JR_ALLOW },   /* ppoll_time64 */
+    { { 7, -1, 168 }, JR_ALLOW },    /* poll */
+    { { 228, 113, 263 }, JR_ALLOW }, /* clock_gettime */
+    { { -1, -1, 403 }, JR_ALLOW },   /* clock_gettime64 */
+    { { 318, 278, 384 }, JR_ALLOW }, /* getrandom */
+    { { 217, 61, 217 }, JR_ALLOW },  /* getdents64 */
+    { { 5, 80, 108 }, JR_ALLOW },    /* fstat */
+    { { -1, -1, 197 }, JR_ALLOW },   /* fstat64 */
+    { { 4, -1, -1 }, JR_ALLOW },     /* stat */
+    { { 262, 79, -1 }, JR_ALLOW },   /* newfstatat */
+    { { -1, -1, 327 }, JR_ALLOW },   /* fstatat64 */
+    { { 332, 291, 397 }, JR_ALLOW }, /* statx */
+    { { 17, 67, 180 }, JR_ALLOW },   /* pread64 */
+    { { 14, 135, 175 }, JR_ALLOW },  /* rt_sigprocmask */
+    { { 15, 139, 173 }, JR_ALLOW },  /* rt_sigreturn */
+    { { -1, -1, 119 }, JR_ALLOW },   /* sigreturn */
+    { { 219, 128, 0 }, JR_ALLOW },   /* restart_syscall */
+    { { 60, 93, 1 }, JR_ALLOW },     /* exit */
+    { { 231, 94, 248 }, JR_ALLOW },  /* exit_group */
+    { { 41, 198, 281 }, JR_SOCKET }, /* socket */
+    { { 72, 25, -1 }, JR_FCNTL },    /* fcntl */
+    { { -1, -1, 221 }, JR_FCNTL },   /* fcntl64 */
+    { { 257, 56, 322 }, JR_OPENAT }, /* openat */
+    { { 9, 222, -1 }, JR_EXEC },     /* mmap */
+    { { -1, -1, 192 }, JR_EXEC },    /* mmap2 */
+    { { 10, 226, 125 }, JR_EXEC },   /* mprotect */
+    { { 87, -1, 10 }, JR_UNLINK },   /* unlink */
+    { { 263, 35, 328 }, JR_UNLINK }, /* unlinkat */
+    { { 59, 221, 11 }, JR_KILL },    /* execve */
+    { { 322, 281, 387 }, JR_KILL },  /* execveat */
+    { { 57, -1, 2 }, JR_KILL },      /* fork */
+    { { 58, -1, 190 }, JR_KILL },    /* vfork */
+    { { 56, 220, 120 }, JR_KILL },   /* clone */
+    { { 435, 435, 435 }, JR_KILL },  /* clone3 */
+    { { 101, 117, 26 }, JR_KILL },   /* ptrace */
+    { { 310, 270, 376 }, JR_KILL },  /* process_vm_readv */
+    { { 311, 271, 377 }, JR_KILL },  /* process_vm_writev */
+    { { 321, 280, 386 }, JR_KILL },  /* bpf */
+    { { 165, 40, 21 }, JR_KILL },    /* mount */
+    { { 272, 97, 337 }, JR_KILL },   /* unshare */
+    { { 308, 268, 375 }, JR_KILL },  /* setns */
+    { { 175, 105, 128 }, JR_KILL },  /* init_module */
+    { { 313, 273, 379 }, JR_KILL },  /* finit_module */
+    { { 176, 106, 129 }, JR_KILL },  /* delete_module */
+    { { 246, 104, 347 }, JR_KILL },  /* kexec_load */
+    { { 320, 294, 401 }, JR_KILL },  /* kexec_file_load */
+    { { 425, 425, 425 }, JR_KILL },  /* io_uring_setup */
+    { { 323, 282, 388 }, JR_KILL },  /* userfaultfd */
+    { { 298, 241, 364 }, JR_KILL },  /* perf_event_open */
+};
+
+/* The kernel's struct sock_filter, and the few codes used. */
+struct sock_filter { uint16_t code; uint8_t jt, jf; uint32_t k; };
+enum { BPF_LOAD = 0x20, BPF_AND = 0x54, BPF_JEQ = 0x15, BPF_JGE = 0x35,
+    BPF_JSET = 0x45, BPF_RETURN = 0x06,
+    JAIL_MAX = 8 + 16 * COUNT_OF(jail_tab) };
+static const uint32_t jail_kill = 0x80000000, jail_allow = 0x7fff0000,
+    jail_errno = 0x00050000 | ENOSYS;    /* libc then tries another way */
+
+struct jail_prog { struct sock_filter *p; size_t n; };
+
+static void jail_put(struct jail_prog *b, uint16_t code, uint32_t k,
+    unsigned jt, unsigned jf)
+{
+    b->p[b->n++] = (struct sock_filter){ code, (uint8_t)jt, (uint8_t)jf, k };
+}
+
+/* Load the low half of argument i: little-endian on all three. */
+static void jail_arg(struct jail_prog *b, unsigned i)
+{
+    jail_put(b, BPF_LOAD, 16 + 8 * i, 0, 0);
+}
+
+/* Go on if the accumulator is one of the values, else ENOSYS. */
+static void jail_one_of(struct jail_prog *b, const uint32_t *v, unsigned cnt)
+{
+    for (unsigned i = 0; i < cnt; i++)
+        jail_put(b, BPF_JEQ, v[i], cnt - i, 0);
+    jail_put(b, BPF_RETURN, jail_errno, 0, 0);
+}
+
+/* What one row does once its number matched. */
+static void jail_put_rule(struct jail_prog *b, enum jail_rule rule,
+    bool unix_socket, bool unix_bind)
+{
+    static const uint32_t family[] = { AF_INET, AF_INET6, AF_UNIX };
+    static const uint32_t type[] = { SOCK_STREAM, SOCK_DGRAM };
+    static const uint32_t command[] = { F_GETFL, F_SETFL, F_SETFD,
+        F_DUPFD_CLOEXEC };
+    uint32_t end = jail_allow;
+    switch (rule) {
+    case JR_ALLOW:
+        break;
+    case JR_KILL:
+        end = jail_kill;
+        break;
+    case JR_SOCKET:
+        jail_arg(b, 0);
+        jail_one_of(b, family, unix_socket ? 3 : 2);
+        jail_arg(b, 1);
+        jail_put(b, BPF_AND, 15, 0, 0);
+        jail_one_of(b, type, 2);
+        break;
+    case JR_FCNTL:
+        jail_arg(b, 1);
+        jail_one_of(b, command, COUNT_OF(command));
+        break;
+    case JR_OPENAT:
+        jail_arg(b, 2);
+        jail_put(b, BPF_JSET, O_WRONLY | O_RDWR | O_CREAT | O_TRUNC
+            | (O_TMPFILE & ~O_DIRECTORY), 0, 1);
+        jail_put(b, BPF_RETURN, jail_errno, 0, 0);
+        break;
+    case JR_EXEC:
+        jail_arg(b, 2);
+        jail_put(b, BPF_JSET, 4, 0, 1);      /* PROT_EXEC */
+        jail_put(b, BPF_RETURN, jail_kill, 0, 0);
+        end = jail_errno;
+        break;
+    case JR_UNLINK:
+        end = unix_bind ? jail_allow : jail_errno;
+        break;
+    }
+    jail_put(b, BPF_RETURN, end, 0, 0);
+}
+
+/* Build the filter of an architecture; out has room for JAIL_MAX.
+ * Returns its length. */
+static size_t jail_filter(enum jail_arch arch, bool unix_socket,
+    bool unix_bind, struct sock_filter *out)
+{
+    static const uint32_t audit[] = { 0xc000003e, 0xc00000b7, 0x40000028 };
+    struct jail_prog b = { out, 0 };
+    jail_put(&b, BPF_LOAD, 4, 0, 0);             /* architecture */
+    jail_put(&b, BPF_JEQ, audit[arch], 1, 0);
+    jail_put(&b, BPF_RETURN, jail_kill, 0, 0);
+    jail_put(&b, BPF_LOAD, 0, 0, 0);             /* number */
+    if (arch == JA_X86_64) {                     /* x32 */
+        jail_put(&b, BPF_JGE, 0x40000000, 0, 1);
+        jail_put(&b, BPF_RETURN, jail_kill, 0, 0);
+    }
+    for (size_t i = 0; i < COUNT_OF(jail_tab); i++) {
+        const struct jail_row *r = &jail_tab[i];
+        size_t at = b.n;
+        if (r->nr[arch] < 0)
+            continue;
+        jail_put(&b, BPF_JEQ, (uint32_t)r->nr[arch], 0, 0);
+        jail_put_rule(&b, (enum jail_rule)r->rule, unix_socket, unix_bind);
+        out[at].jf = (uint8_t)(b.n - at - 1);
+    }
+    jail_put(&b, BPF_RETURN, jail_errno, 0, 0);
+    return b.n;
+}
+
+/* landlock(7): numbers are the same everywhere. */
+enum { LL_CREATE = 444, LL_ADD = 445, LL_RESTRICT = 446, LL_PATH_BENEATH = 1,
+    LL_READ_FILE = 4, LL_READ_DIR = 8, LL_REMOVE_FILE = 32,
+    LL_BIND_TCP = 1 };
+
+/* Whether an outer filter, systemd's for one, lets us make a call: it may
+ * kill instead of refusing, so a child tries. */
+static bool jail_may_call(long nr)
+{
+    uint64_t lim[2];
+    int status = 0;
+    if (prctl(PR_GET_SECCOMP, 0, 0, 0, 0) != 2)
+        return true;
+    long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    if (pid == 0) {
+        if (nr == LL_CREATE)
+            (void)syscall(LL_CREATE, NULL, 0, 1);
+        else
+            (void)syscall(nr, 0, RLIMIT_NOFILE, NULL, lim);
+        _exit(0);
+    }
+    return pid > 0 && syscall(SYS_wait4, pid, &status, 0, NULL) == pid
+        && status == 0;
+}
+
+/* Let a folder be read, and with `more` what that says. */
+static void jail_folder(int ruleset, const char *path, uint64_t more)
+{
+    struct __attribute__((packed)) { uint64_t access; int32_t fd; } rule;
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, path[0] ? path : "/",
+        O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    rule.access = LL_READ_FILE | LL_READ_DIR | more;
+    rule.fd = fd;
+    (void)syscall(LL_ADD, ruleset, LL_PATH_BENEATH, &rule, 0);
+    close(fd);
+}
+
+/* Let the folder of a file be read, and those of the files it links to. */
+static void jail_file(int ruleset, sl path, uint64_t more)
+{
+    char at[1024], next[1024];
+    if (path.len == 0 || path.len >= sizeof at)
+        return;
+    snprintf(at, sizeof at, "%.*s", (int)path.len, (const char *)path.p);
+    for (int hops = 0; hops < 8; hops++) {
+        ssize_t n = readlink(at, next, sizeof next - 1);
+        char *slash = strrchr(at, '/');
+        if (!slash)
+            return;
+        *slash = 0;
+        jail_folder(ruleset, at, more);
+        if (n <= 0)
+            return;
+        next[n] = 0;
+        size_t len = next[0] == '/' ? 0 : strlen(at) + 1;
+        if (len + (size_t)n >= sizeof at)
+            return;
+        if (len)
+            at[len - 1] = '/';
+        memcpy(at + len, next, (size_t)n + 1);
+    }
+}
+
+/* Let a folder of certificates be read, and what its entries link to. */
+static void jail_links(int ruleset, sl dir)
+{
+    char path[1024], to[2];
+    union { uint64_t align; char b[4096]; } ents;
+    if (dir.len == 0 || dir.len > 512)
+        return;
+    snprintf(path, sizeof path, "%.*s", (int)dir.len, (const char *)dir.p);
+    jail_folder(ruleset, path, 0);
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, path,
+        O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (long n; fd >= 0
+         && (n = syscall(SYS_getdents64, fd, &ents, sizeof ents)) > 0;)
+        for (long i = 0; i < n; ) {
+            uint16_t reclen;             /* struct linux_dirent64 */
+            memcpy(&reclen, ents.b + i + 16, 2);
+            snprintf(path, sizeof path, "%.*s/%s", (int)dir.len,
+                (const char *)dir.p, ents.b + i + 19);
+            i += reclen;
+            if (readlink(path, to, sizeof to) > 0
+                && (to[0] == '/' || to[0] == '.'))
+                jail_file(ruleset, sl_str(path), 0);
+        }
+    io_close(&fd);
+}
+
+/* Only the folders of files that are read again, read-only; no listener
+ * more. False: the kernel has no landlock, or we may not use it. */
+static bool jail_landlock(void)
+{
+    static const uint64_t by_abi[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff,
+        0xffff };
+    struct { uint64_t fs, net; } attr = { 0, LL_BIND_TCP };
+    sl dirs = ca_folders(), dir;
+    if (!jail_may_call(LL_CREATE))
+        return false;
+    long abi = syscall(LL_CREATE, NULL, 0, 1);
+    if (abi < 1)
+        return false;
+    attr.fs = by_abi[abi < 5 ? abi - 1 : 4];
+    int ruleset = (int)syscall(LL_CREATE, &attr, abi < 4 ? 8 : 16, 0);
+    if (ruleset < 0)
+        return false;
+    jail_file(ruleset, SL("/etc/resolv.conf"), 0);
+    jail_file(ruleset, cfg.hosts_file.len ? cfg.hosts_file
+        : SL("/etc/hosts"), 0);
+    jail_file(ruleset, cfg.cert_file, 0);
+    jail_file(ruleset, cfg.ca_file, 0);
+    for (size_t i = 0; i < COUNT_OF(ca_bundle) && !cfg.ca_only; i++)
+        jail_file(ruleset, sl_str(ca_bundle[i]), 0);
+    while (sl_word(&dirs, ":", &dir))
+        jail_links(ruleset, dir);
+    if (cfg.bind.is_unix)
+        jail_file(ruleset, cfg.bind.path, LL_REMOVE_FILE);
+    if (cfg.has_metrics && cfg.metrics.is_unix)
+        jail_file(ruleset, cfg.metrics.path, LL_REMOVE_FILE);
+    bool ok = syscall(LL_RESTRICT, ruleset, 0) == 0;
+    close(ruleset);
+    return ok;
+}
+
+static bool jail_seccomp(void)
+{
+    static struct sock_filter filter[JAIL_MAX];
+    struct { unsigned short len; struct sock_filter *filter; } prog;
+    if (jail_here == JA_CNT)
+        return false;
+    prog.filter = filter;
+    prog.len = (unsigned short)jail_filter(jail_here,
+        cfg.has_redis && cfg.redis.is_unix, cfg.bind.is_unix
+        || (cfg.has_metrics && cfg.metrics.is_unix), filter);
+    return prctl(PR_SET_SECCOMP, 2, &prog, 0, 0) == 0;
+}
+
+/* No core dump: it would hold the secrets. */
+static bool jail_core(void)
+{
+    uint64_t none[2] = { 0, 0 };
+    return jail_may_call(SYS_prlimit64)
+        && syscall(SYS_prlimit64, 0, RLIMIT_CORE, none, NULL) == 0;
+}
+
+/* Not root, if that is how we were started, but for LKJWT_UID=0. */
+static bool jail_ids(void)
+{
+    uid_t uid = (uid_t)cfg.uid;
+    if (geteuid() != 0)
+        return true;
+    return uid != 0 && setgroups(0, NULL) == 0 && setgid(uid) == 0
+        && setuid(uid) == 0 && setuid(0) < 0;
+}
+
+static bool jail_privs(void)
+{
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+}
+
+static bool jail_dump(void)
+{
+    return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0;
+}
+
+/* Enter, layer by layer. False: one is required and does not hold. */
+MUST_USE static bool jail_enter(void)
+{
+    static bool (*const layer[JL_CNT])(void) = { jail_core, jail_ids,
+        jail_privs, jail_dump, jail_landlock, jail_seccomp };
+    uint8_t text[2][80];
+    struct bb list[2] = { BB(text[0]), BB(text[1]) };
+    bool stays_root = geteuid() == 0 && cfg.uid == 0;
+    bool is_bad = false;
+    for (size_t i = 0; i < JL_CNT; i++) {
+        bool ok = cfg.jail != 'o' && layer[i]();
+        struct bb *b = &list[!ok];
+        met.jail[i] = ok;
+        is_bad |= !ok && !(i == 1 && stays_root);
+        bb_str(b, b->len ? "," : "");
+        bb_str(b, jail_layer_tab[i]);
+    }
+    sl held = { text[0], list[0].len }, missing = { text[1], list[1].len };
+    LOG(EV_JAIL, KV("layers", held.len ? held : SL("none")),
+        KV("missing", missing));
+    if (cfg.jail != 'r' || !is_bad)
+        return true;
+    LOG(EV_JAIL_BAD, KV("missing", missing));
+    return false;
 }
 
 /* ==== 26 LOOP ====================== PART III: WORLD ==================
@@ -13465,7 +13899,7 @@ static void loop_round(const sigset_t *mask)
 }
 
 /* Listeners by index: public 0 and 1, metrics 2 and 3. */
-static struct listener { int fd; bool is_metrics; }
+static struct listener { int fd; bool is_metrics; struct addr addr; }
     listener_pool[LIM_LISTEN_CNT];
 
 /* Accept what waits, a few at a time; rest where no descriptor is free. */
@@ -13757,7 +14191,7 @@ static int main_help(int argc, char **argv)
     return 0;
 }
 
-/* Open one listener of a bind value. */
+/* Open one listener of a bind value; nobody is let in yet. */
 static bool main_listen(const struct bind *b, size_t idx, bool is_metrics)
 {
     uint8_t text[64];
@@ -13779,13 +14213,19 @@ static bool main_listen(const struct bind *b, size_t idx, bool is_metrics)
     }
     if (!b->is_unix)
         a.port = io_port(fd);
-    listener_pool[idx].fd = fd;
-    listener_pool[idx].is_metrics = is_metrics;
-    loop_set(KIND_LISTEN, idx, fd, POLLIN, INT64_MAX);
-    LOG(EV_START, KV(is_metrics ? "metrics" : "listen",
-        b->is_unix ? b->path : text_addr(text, &a)),
-        KV("version", SL(LKJWT_VERSION)));
+    listener_pool[idx] = (struct listener){ fd, is_metrics, a };
     return true;
+}
+
+/* Let clients in. */
+static void main_open(const struct bind *b, size_t idx)
+{
+    uint8_t text[64];
+    const struct listener *l = &listener_pool[idx];
+    loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
+    LOG(EV_START, KV(l->is_metrics ? "metrics" : "listen",
+        b->is_unix ? b->path : text_addr(text, &l->addr)),
+        KV("version", SL(LKJWT_VERSION)));
 }
 
 static void main_signals(sigset_t *old)
@@ -13809,7 +14249,8 @@ static void main_nofile(void)
         + LIM_QUERY_CNT + LIM_UP_ALL + 32;
     uint64_t need = fixed + (uint64_t)cfg.max_conns;
     char text[96];
-    if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
+    if (!jail_may_call(SYS_prlimit64)
+        || syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &lim) < 0)
         return;
     if (lim.soft < need && lim.soft < lim.hard) {
         lim.soft = lim.hard < need ? lim.hard : need;
@@ -13877,8 +14318,8 @@ static bool main_redis(const sigset_t *mask)
     return !loop_is_over && r->state != RD_PAUSE;
 }
 
-/* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 Redis and
- * what it holds, 5 listeners, then the loop. */
+/* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 listeners,
+ * 5 the sandbox, 6 Redis and what it holds, then clients and the loop. */
 static int main_serve(int argc, char **argv)
 {
     sigset_t mask;
@@ -13896,11 +14337,15 @@ static int main_serve(int argc, char **argv)
     io_statm_fd = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/statm",
         O_RDONLY | O_CLOEXEC);
     main_limits();
+    if (!main_listen(&cfg.bind, 0, false)
+        || (cfg.has_metrics && !main_listen(&cfg.metrics, 2, true))
+        || !jail_enter())
+        return 1;
     if (cfg.has_redis && !main_redis(&mask))
         return srv_stopping ? 0 : 1;
-    if (!main_listen(&cfg.bind, 0, false)
-        || (cfg.has_metrics && !main_listen(&cfg.metrics, 2, true)))
-        return 1;
+    main_open(&cfg.bind, 0);
+    if (cfg.has_metrics)
+        main_open(&cfg.metrics, 2);
     while (!loop_is_over)
         loop_round(&mask);
     LOG0(EV_STOPPED);

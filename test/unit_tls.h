@@ -420,25 +420,23 @@ static void test_judge(void)
 static void test_sessions(void)
 {
     uint8_t key[2][16], other[16];
-    chan_key(SL("a.org"), 443, SL("a.org"), true, key[0]);
+    chan_key(SL("a.org"), 443, SL("a.org"), TLS_VERIFIED, key[0]);
     static const struct { const char *name, *host, *cert; int port;
-        bool tls, insecure; } tab[] = {
-        { "another host", "b.org", "a.org", 443, true, false },
-        { "another name", "a.org", "b.org", 443, true, false },
-        { "another port", "a.org", "a.org", 444, true, false },
-        { "no TLS", "a.org", "a.org", 443, false, false },
-        { "checks off", "a.org", "a.org", 443, true, true },
-        { "parts moved", "a.orga", ".org", 443, true, false },
+        enum tls_mode mode; } tab[] = {
+        { "another host", "b.org", "a.org", 443, TLS_VERIFIED },
+        { "another name", "a.org", "b.org", 443, TLS_VERIFIED },
+        { "another port", "a.org", "a.org", 444, TLS_VERIFIED },
+        { "no TLS", "a.org", "a.org", 443, TLS_OFF },
+        { "checks off", "a.org", "a.org", 443, TLS_UNVERIFIED },
+        { "parts moved", "a.orga", ".org", 443, TLS_VERIFIED },
     };
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
-        cfg.insecure = tab[i].insecure;
         chan_key(sl_str(tab[i].host), (uint16_t)tab[i].port,
-            sl_str(tab[i].cert), tab[i].tls, other);
+            sl_str(tab[i].cert), tab[i].mode, other);
         row(name_of("another key: %s", tab[i].name), memcmp(other, key[0],
             16) != 0, "same");
-        cfg.insecure = false;
     }
-    chan_key(SL("a.org"), 443, SL("a.org"), true, key[1]);
+    chan_key(SL("a.org"), 443, SL("a.org"), TLS_VERIFIED, key[1]);
     row("the same destination", memcmp(key[0], key[1], 16) == 0, "differs");
     /* four places a set: the one that ends first goes */
     memset(session_cache, 0, sizeof session_cache);

@@ -57,6 +57,7 @@ def base_env(**overrides):
         "LIVEKIT_KEY": CANARY_KEY,
         "LIVEKIT_SECRET": CANARY_SECRET,
         "LIVEKIT_FULL_ACCESS_HOMESERVERS": "full.example.org",
+        "LKJWT_UID": "0",       # suites run as root, and their files are root's own
     }
     env.update(overrides)
     return {k: str(v) for k, v in env.items() if v is not None}
