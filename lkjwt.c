@@ -7669,7 +7669,7 @@ static struct rds {
     size_t bulk_len, bulk_got;       /* of it, with CR LF */
 } rds_pool[LIM_REDIS_CNT];
 static uint8_t rds_in[LIM_REDIS_CNT][LIM_REDIS_IN];
-static uint8_t rds_out_main[LIM_REDIS_OUT], rds_out_stream[1024];
+static uint8_t rds_out_main[LIM_REDIS_OUT], rds_out_stream[8192];
 static const char *rds_last_fault = "";     /* for the command line */
 
 static size_t rds_idx(const struct rds *r)
@@ -8235,10 +8235,12 @@ static struct rep {
     uint32_t serial, told_serial;    /* of connections */
     bool is_ticking, is_reading, is_caught_up, is_loading, is_loaded;
     bool is_leaving, has_left, is_told, has_slept;
+    bool is_reload;                  /* of records seen expired before */
     uint64_t mine, load, loading;
     int release;                     /* shard to give away, -1: none */
     int64_t cnt, share;              /* live replicas, shards for us */
     int64_t until, sent_at, tick_at, changed_at, awake_at;
+    int64_t load_at, reload_at;      /* not before; once more */
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
 
@@ -9476,17 +9478,21 @@ static const char store_key[] = "lk-jwt:jobs", store_stream[] =
 
 /* Write or, without ARGV[4], delete a record, if it is still that of the
  * delayed event ARGV[3] and the lease is ours: 1. 0: another delegation
- * replaced it, -1: another replica has it, 2: it was gone, and whoever
- * has the lease is told. */
+ * replaced it, or it was restarted since ARGV[6]; -1: another replica has
+ * it; 2: it was gone or older, and whoever has the lease is told. */
 static const char store_script[] =
     "local v=redis.call('HGET',KEYS[1],ARGV[2]) "
+    "local at='' "
     "if v then local ok,r=pcall(cjson.decode,v) "
     "if not ok or type(r)~='table' or type(r.Params)~='table' "
-    "or r.Params.DelayId~=ARGV[3] then return 0 end end "
+    "or r.Params.DelayId~=ARGV[3] then return 0 end "
+    "if type(r.RestartedAt)=='string' and r.RestartedAt:sub(-1)=='Z' "
+    "then at=r.RestartedAt:sub(1,19) end end "
     "if redis.call('GET',KEYS[2])==ARGV[1] then "
-    "if ARGV[4]=='' then redis.call('HDEL',KEYS[1],ARGV[2]) "
-    "else redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) end return 1 end "
-    "if v or ARGV[4]=='' then return -1 end "
+    "if ARGV[4]~='' then redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) "
+    "elseif at<=ARGV[6] then redis.call('HDEL',KEYS[1],ARGV[2]) "
+    "else return 0 end return 1 end "
+    "if ARGV[4]=='' or v and (at=='' or at>=ARGV[6]) then return -1 end "
     "redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) "
     "redis.call('XADD',KEYS[3],'MAXLEN','~',ARGV[5],'*','job',ARGV[2],"
     "'record',ARGV[4]) return 2";
@@ -9513,6 +9519,8 @@ static void store_ended(struct job *j, enum stored got, int64_t now)
     } else {
         met.gauge[GA_UNSAVED]--;
     }
+    if (store_cnt)
+        loop_wake(KIND_REPLICA, 0);      /* there is room again */
     if (j->state == J_OVER) {
         job_free(j);
     } else if (got == STORED_REPLACED) {
@@ -9578,7 +9586,8 @@ static void store_done_write(uint16_t idx, const struct rsp *e, int64_t now)
 {
     bool ok = e && e->type == RSP_INT;
     if (e && !ok)
-        store_refused("HSET", e, now);
+        store_refused(job_pool[idx].storing == ST_DEL ? "HDEL" : "HSET", e,
+            now);
     store_ended(&job_pool[idx], ok ? STORED : STORED_NOT, now);
 }
 
@@ -9658,14 +9667,16 @@ static sl lease_key(uint8_t buf[24], unsigned shard)
 static void store_send(struct job *j, int64_t now)
 {
     uint8_t field_text[8 * LIM_JOB_ID_LEN], value_text[2 * LIM_RECORD_LEN];
-    uint8_t lease[24], len[20];
-    struct bb f = BB(field_text), v = BB(value_text);
+    uint8_t lease[24], len[20], date[20];
+    struct bb f = BB(field_text), v = BB(value_text), at = BB(date);
+    struct civil c = civil_from(j->restarted_wall_ms / 1000);
     uint16_t idx = (uint16_t)job_idx(j);
     enum store_op op = (enum store_op)j->store;
     rec_put_field(&f, (sl){ j->alias, HASH_NAME_LEN },
         (sl){ j->id[0], j->id_len[0] });
     if (op != ST_DEL)
         job_put_record(j, &v);
+    bb_date(&at, &c);
     sl key = sl_str(store_key), field = { f.p, f.len };
     sl value = { v.p, v.len }, max = text_u64(len, LIM_STREAM_LEN);
     must(!f.over && !v.over);
@@ -9684,7 +9695,8 @@ static void store_send(struct job *j, int64_t now)
         rds_send(RDS_MAIN, &store_op_script, idx, (sl[]){ SL("EVAL"),
             sl_str(store_script), SL("3"), key, lease_key(lease, j->shard),
             sl_str(store_stream), { rep.id, sizeof rep.id }, field,
-            { j->delay_id, j->delay_len }, value, max }, 11, now);
+            { j->delay_id, j->delay_len }, value, max, { date, at.len } },
+            12, now);
         return;
     }
     rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("MULTI") }, 1, now);
@@ -9768,13 +9780,20 @@ static void load_bad(const char *reason)
 }
 
 /* A record that has expired: delete it, if it still stands. */
-static void load_expired(const struct job_params *p, struct api *a)
+static void load_expired(const struct job_params *p, struct api *a,
+    int64_t at, int64_t now)
 {
+    if (store_mode == STORE_SHARED && (rep.cnt > 1 || rep.serial > 1)
+        && !rep.is_reload) {             /* a replica may know better */
+        rep.reload_at = now + LIM_RECHECK_MS;
+        return;
+    }
     struct job *j = job_fill(p, a);
     load_cnt.expired++;
     if (!j)
         return;
     j->state = J_OVER;
+    j->restarted_wall_ms = at;
     job_store(j, ST_DEL);
 }
 
@@ -9808,16 +9827,23 @@ static void load_job(const struct record *r, int64_t now)
         load_bad("server has no full access");
         return;
     }
-    if (old && (old->store == ST_NEW || old->storing == ST_NEW
-                || sl_eq(p.delay_id, (sl){ old->delay_id, old->delay_len })))
+    if (old && (old->store == ST_NEW || old->storing == ST_NEW))
         return;
+    if (old && sl_eq(p.delay_id, (sl){ old->delay_id, old->delay_len })) {
+        if (old->state == J_CONNECTED && at > old->restarted_wall_ms) {
+            old->restarted_wall_ms = at;     /* by a former owner */
+            old->deadline = now + at + p.timeout_ms - wall;
+            job_watch(old);
+        }
+        return;
+    }
     a = api_find(p.server, now);
     if (!a || (!old && job_refuses(&p) != EV_NONE)) {
         load_bad("no room");
         return;
     }
     if (at + r->timeout_ms <= wall) {
-        load_expired(&p, a);
+        load_expired(&p, a, at, now);
         return;
     }
     if (old) {
@@ -9918,13 +9944,16 @@ static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
     (void)idx;
     rep.is_loading = false;
     loop_wake(KIND_REPLICA, 0);
-    if (!e || (e->type == RSP_ERROR && sl_starts(e->text, SL("LOADING")))) {
+    rep.is_reload = false;
+    if (e && e->type != RSP_ARRAY)
+        rds_log_refused("HGETALL", e);
+    if (!e || (e->type != RSP_ARRAY && !store_is_refused(e))) {
         rep.load |= rep.loading;         /* again */
-        rep.tick_at = now + 1000;
+        rep.load_at = now + 1000;
         return;
     }
     if (e->type != RSP_ARRAY)
-        rds_log_refused("HGETALL", e);
+        rep.load = 0;                    /* in vain */
     if (!rep.is_loaded || load_cnt.restored || load_cnt.expired)
         LOG(EV_JOBS_RESTORED, KV("count", text_u64(num[0],
                 load_cnt.restored)),
@@ -9939,8 +9968,13 @@ static const struct rds_op load_op = { "HGETALL", LIM_LOAD_FACTOR, 0, 0,
 /* Read the records of the shards that are new here. */
 static void load_run(int64_t now)
 {
+    if (rep.reload_at && now >= rep.reload_at) {
+        rep.reload_at = 0;
+        rep.is_reload = true;
+        rep.load = rep.mine;
+    }
     if (!rep.load || rep.is_loading || !rds_is_up(RDS_MAIN)
-        || !rds_has_room(RDS_MAIN, 256, 1)
+        || now < rep.load_at || !rds_has_room(RDS_MAIN, 256, 1)
         || store_mode < (rep.is_caught_up ? STORE_SHARED : STORE_SINGLE))
         return;
     load_cnt = (struct load_cnt){ 0 };
@@ -10241,8 +10275,8 @@ static void rep_changed(int64_t now)
         }
 }
 
-/* Let go of the jobs of these shards. After a change of Redis the new owner
- * may not know them: it is told. */
+/* Let go of the jobs of these shards. Of those that Redis has yet to be
+ * told of, and of all after a change of Redis, the new owner is told. */
 static void rep_drop(uint64_t shards, int64_t now)
 {
     bool changed = rep.changed_at && now - rep.changed_at < LIM_RECHECK_MS;
@@ -10252,11 +10286,12 @@ static void rep_drop(uint64_t shards, int64_t now)
             || !(shards >> j->shard & 1) || j->store == ST_NEW
             || j->storing == ST_NEW)
             continue;
+        if (changed || j->store || j->storing) {
+            job_store(j, ST_SET);        /* its write ends it */
+            continue;
+        }
         job_log(EV_JOB_HANDED, j, "");
-        if (changed)                     /* its write ends it */
-            job_store(j, ST_SET);
-        else
-            job_end(j, NULL, now);
+        job_end(j, NULL, now);
     }
 }
 
@@ -10280,9 +10315,10 @@ static void rep_leases(int64_t now)
     rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
     rep.has_slept = false;
     rep.mine = own;
-    rep.load = (rep.load & own) | tick.taken;
+    uint64_t fresh = tick.taken | (own & ~before);
+    rep.load = (rep.load & own) | fresh;
     for (unsigned s = 0; s < LIM_SHARD_CNT; s++)
-        if (tick.taken >> s & 1)
+        if (fresh >> s & 1)
             rep.from[s] = tick.last;
     rep.cnt = tick.cnt;
     rep.share = tick.share;
@@ -10429,8 +10465,11 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
         store_run(now);
         at = store_mode != STORE_SINGLE && !rep.is_ticking ? rep.tick_at
             : at;
-        if (store_cnt && store_pause_at < at)
-            at = store_pause_at;
+        int64_t later[] = { store_cnt ? store_pause_at : 0,
+            rep.load ? rep.load_at : 0, rep.reload_at };
+        for (size_t i = 0; i < COUNT_OF(later); i++)
+            if (later[i] > now && later[i] < at)
+                at = later[i];
     } else {
         rep_away(now);
         at = rep.is_told ? at : main->down_at + LIM_OUTAGE_MS;
@@ -12853,6 +12892,10 @@ static void cfg_redis(void)
     }
     if (has_value)
         cfg.redis.sec_password = value;
+    if (cfg.redis.user.len + cfg.redis.sec_password.len
+        + cfg.redis.client_name.len > 4096)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL",
+            "user, password and client name exceed 4 KB");
 }
 
 static void cfg_access(void)
@@ -13217,7 +13260,8 @@ static bool ca_load(void)
          i++) {
         struct stat st;
         has_system = stat(ca_bundle[i], &st) == 0;
-        if (has_system && cfg.cert_file.len == 0 && ca_file(l, ca_bundle[i]) > 0)
+        if (has_system && cfg.cert_file.len == 0
+            && ca_file(l, ca_bundle[i]) > 0)
             ca_note(l, sl_str(ca_bundle[i]));
     }
     sl dirs = ca_folders(), dir;
@@ -14310,8 +14354,13 @@ static bool main_redis(const sigset_t *mask)
         rep.id[i] = (uint8_t)hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
     store_mode = STORE_PROBE;
     rds_start(RDS_MAIN, io_now());
-    while (!loop_is_over && r->state != RD_PAUSE && !rep_is_ready())
+    int64_t end = io_now() + LIM_RECHECK_MS;
+    while (!loop_is_over && r->state != RD_PAUSE && !rep_is_ready()
+           && (r->state != RD_UP || io_now() < end))
         loop_round(mask);
+    if (r->state == RD_UP && !rep_is_ready())
+        cfg_say(EV_CONFIG_WARN, "LIVEKIT_REDIS_URL",
+            "stored leaves are not all taken over yet");
     snprintf(text, sizeof text, "no Redis there: %s", rds_last_fault);
     if (r->state == RD_PAUSE)
         cfg_say(EV_CONFIG_BAD, "LIVEKIT_REDIS_URL", text);
