@@ -7638,7 +7638,8 @@ enum rds_state { RD_OFF, RD_PAUSE, RD_DIAL, RD_HELLO, RD_UP };
  * done gets the top element, NULL if the connection was lost. */
 struct rds_op {
     const char *command;
-    int64_t factor, extra_ms;        /* of read_timeout: times, plus */
+    int64_t factor;                  /* times read_timeout, elements */
+    int64_t extra_ms;                /* more of read_timeout */
     size_t bulk_cap;                 /* longest bulk string taken; 0: short */
     void (*item)(const struct rsp *e, const unsigned *path, unsigned depth,
         int64_t now);
@@ -7656,7 +7657,7 @@ static struct rds {
     struct up *up;
     struct chan *chan;
     const char *fault;               /* set by an op: give up */
-    int64_t end, write_end, down_at;
+    int64_t end, write_end, up_at;
     int32_t wait_ms;
     size_t in_len, out_off, out_len;
     struct { const struct rds_op *op; uint16_t idx; }
@@ -7725,6 +7726,10 @@ static void rds_fail(struct rds *r, enum event why, const char *step,
     struct addr a = r->chan ? r->chan->addr : has_addr ? r->up->addr
         : (struct addr){ .port = 0 };
     rds_last_fault = reason;
+    if (r->state == RD_UP && now - r->up_at >= LIM_REDIS_PAUSE_MS) {
+        r->is_told = false;              /* it was of use meanwhile */
+        r->wait_ms = 0;
+    }
     if (why != EV_REDIS_DOWN)
         LOG(why, KV("reason", sl_str(reason)));
     if (!r->is_told)
@@ -7739,15 +7744,13 @@ static void rds_fail(struct rds *r, enum event why, const char *step,
         loop_set(KIND_REDIS, rds_idx(r), -1, 0, INT64_MAX);
         chan_close(r->chan);
     }
-    if (r->state == RD_UP)
-        r->down_at = now;
-    if (r->state == RD_UP || r->wait_ms == 0)
+    if (r->wait_ms == 0)
         r->wait_ms = first_ms;
     big_free(&r->big);
     r->up = NULL;
     r->chan = NULL;
     r->fault = NULL;
-    r->is_garbled = r->is_stuck = false;
+    r->is_stuck = false;
     r->in_len = r->out_off = r->out_len = r->bulk_len = r->bulk_got = 0;
     r->depth = r->elements = 0;
     r->state = RD_PAUSE;
@@ -7764,6 +7767,7 @@ static void rds_fail(struct rds *r, enum event why, const char *step,
         r->cnt--;
         op->done(idx, NULL, now);
     }
+    r->is_garbled = false;
     rds_watch(r);
     loop_wake(KIND_REPLICA, 0);
 }
@@ -7866,8 +7870,7 @@ static void rds_done_ping(uint16_t idx, const struct rsp *e, int64_t now)
         return;
     r->state = RD_UP;
     r->serial++;
-    r->is_told = false;
-    r->wait_ms = 0;
+    r->up_at = now;
     met.gauge[GA_REDIS] = rds_is_up(RDS_MAIN);
     loop_wake(KIND_REPLICA, 0);
 }
@@ -7935,7 +7938,6 @@ static void rds_dial(struct rds *r, int64_t now)
 static void rds_start(size_t which, int64_t now)
 {
     if (rds_pool[which].state == RD_OFF) {
-        rds_pool[which].down_at = now;
         rds_dial(&rds_pool[which], now);
         rds_watch(&rds_pool[which]);
     }
@@ -8021,9 +8023,10 @@ static void rds_take(struct rds *r, int64_t now)
         int n = rsp_parse(in, LIM_REDIS_BULK, &e);
         if (n == 0)
             break;
-        if (n < 0 || r->cnt == 0 || ++r->elements > LIM_REDIS_ELEMENTS
-            || (e.type == RSP_ARRAY && (r->depth == LIM_REDIS_DEPTH
-                || e.n > LIM_REDIS_ELEMENTS))) {
+        int64_t max = r->cnt == 0 ? 0
+            : LIM_REDIS_ELEMENTS * r->pending[r->head].op->factor;
+        if (n < 0 || ++r->elements > max || (e.type == RSP_ARRAY
+                && (r->depth == LIM_REDIS_DEPTH || e.n > max))) {
             r->fault = "malformed, too long or unasked-for reply";
             r->is_garbled = true;
             break;
@@ -8182,6 +8185,8 @@ struct job {
     uint8_t shard;
     bool is_unverified;              /* connected, as others say */
     bool is_forgotten;               /* its record is another's by now */
+    bool is_late;                    /* NEW was not written at once */
+    bool is_asking, is_asked;        /* for its lease; for this leave */
     uint16_t waiter;                 /* exchange + 1 that waits for NEW */
     uint8_t followed;                /* identity seen connected; 2: none */
     uint8_t probe;                   /* identity being looked up */
@@ -8241,15 +8246,17 @@ static struct rep {
     int64_t cnt, share;              /* live replicas, shards for us */
     int64_t until, sent_at, tick_at, changed_at, awake_at;
     int64_t load_at, reload_at;      /* not before; once more */
+    int64_t good_at;                 /* the last renewal was sent, or we woke */
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
 
-/* Redis has been away for so long that its leases are void: every replica
- * then acts from memory (restarts and repeated sends do no harm). */
+/* Redis has confirmed no lease for so long that all are void: every replica
+ * then acts from memory (restarts and repeated sends do no harm). A sleep
+ * of ours is no such outage: it starts the time anew. */
 static bool store_is_away(int64_t now)
 {
-    return !rds_is_up(RDS_MAIN)
-        && now - rds_pool[RDS_MAIN].down_at >= LIM_OUTAGE_MS;
+    return now - rep.good_at >= LIM_OUTAGE_MS
+        && now - rep.awake_at < LIM_SLEEP_MS;
 }
 
 static bool job_is_mine(const struct job *j)
@@ -8412,7 +8419,7 @@ static void job_drop_call(struct job *j, int64_t now)
 /* The slot is free once Redis has been told. */
 static void job_free(struct job *j)
 {
-    if (j->state != J_OVER || j->store || j->storing)
+    if (j->state != J_OVER || j->store || j->storing || j->is_asking)
         return;
     api_pool[j->api].job_cnt--;
     j->state = J_FREE;
@@ -8541,6 +8548,8 @@ static void job_leave(struct job *j, const char *reason, int64_t now)
     j->call_wait_ms = 0;
     job_log(EV_JOB_LEAVING, j, reason);
     job_hot_of(j)->want = WANT_NONE;
+    job_hot_of(j)->is_last = false;
+    j->is_asked = false;
     if (store_mode == STORE_SHARED       /* look once more (DESIGN 6) */
         || (!was_connected && j->is_unknown)) {
         j->unknown_end = now + j->timeout_ms;
@@ -8554,7 +8563,7 @@ static void job_leave(struct job *j, const char *reason, int64_t now)
  * the job. The first look-up comes within wait_ms. */
 static void job_doubt(struct job *j, int64_t wait_ms, int64_t now)
 {
-    if (j->state != J_CONNECTED)
+    if (j->state != J_CONNECTED || j->is_unverified)
         return;
     j->is_unverified = true;
     j->absent_at = 0;
@@ -9015,8 +9024,12 @@ static struct job *job_pick(const struct api *a, int64_t now, int64_t *at)
             || (h->want == WANT_SEND && no_sends))
             continue;
         int rank = job_rank(h, now);
-        if (h->at > now) {
-            *at = h->at < *at ? h->at : *at;
+        int64_t due = h->at > now || (h->want == WANT_SEND
+            ? job_may_act(&job_pool[i], now)
+            : job_may_restart(&job_pool[i], now)) ? h->at
+            : now + LIM_TICK_MS / 2;
+        if (due > now) {
+            *at = due < *at ? due : *at;
         } else if (rank < best_rank || (rank == best_rank
                    && h->order < job_hot[best].order)) {
             best = i;
@@ -9044,10 +9057,6 @@ static void job_run_queue(struct api *a, int64_t now)
     int64_t at = INT64_MAX;
     struct job *j;
     while ((j = job_pick(a, now, &at)) != NULL) {
-        at = now + LIM_TICK_MS / 2;
-        if (!(job_hot_of(j)->want == WANT_SEND ? job_may_act(j, now)
-              : job_may_restart(j, now)))
-            break;
         enum res got = api_resolve(a, now);
         at = INT64_MAX;
         if (got == RES_WAIT)
@@ -9374,7 +9383,7 @@ static struct job *job_slot(void)
         struct job *j = &job_pool[i];
         if (j->state == J_FREE)
             return j;
-        if (j->state == J_OVER && !j->storing)
+        if (j->state == J_OVER && !j->storing && !j->is_asking)
             over = j;
     }
     if (over) {
@@ -9474,6 +9483,7 @@ MUST_USE static struct job *job_accept(const struct job_params *p,
     if (!j)
         return NULL;
     j->restart_at = next;
+    j->is_late = !rds_is_up(RDS_MAIN);
     job_log(EV_JOB_NEW, j, "");
     job_store(j, ST_NEW);
     job_look(j, CK_WAIT, now);
@@ -9486,26 +9496,30 @@ MUST_USE static struct job *job_accept(const struct job_params *p,
 static const char store_key[] = "lk-jwt:jobs", store_stream[] =
     "lk-jwt:webhooks", store_replicas[] = "lk-jwt:replicas";
 
-/* Write or, without ARGV[4], delete a record, if it is still that of the
- * delayed event ARGV[3] and the lease is ours: 1. 0: another delegation
- * replaced it, or it was restarted since ARGV[6]; -1: another replica has
- * it; 2: it was gone or older, and whoever has the lease is told. */
+/* Write or, without ARGV[4], delete a record. ARGV[7] `new`: whatever
+ * stands there, and tell who has the lease; `late`: unless a delegation
+ * that is newer than ARGV[6] stands there. Else: if it is still that of the
+ * delayed event ARGV[3] and the lease is ours.
+ * Returns 1 done, 0 another delegation replaced it, -1 another replica has
+ * it, 2 it was gone or older than ours, and whoever has the lease is told. */
 static const char store_script[] =
-    "local v=redis.call('HGET',KEYS[1],ARGV[2]) "
-    "local at='' "
+    "local v,at,id=redis.call('HGET',KEYS[1],ARGV[2]),'' "
     "if v then local ok,r=pcall(cjson.decode,v) "
-    "if not ok or type(r)~='table' or type(r.Params)~='table' "
-    "or r.Params.DelayId~=ARGV[3] then return 0 end "
+    "if ok and type(r)=='table' and type(r.Params)=='table' then "
+    "id=r.Params.DelayId "
     "if type(r.RestartedAt)=='string' and r.RestartedAt:sub(-1)=='Z' "
-    "then at=r.RestartedAt:sub(1,19) end end "
-    "if redis.call('GET',KEYS[2])==ARGV[1] then "
-    "if ARGV[4]~='' then redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) "
-    "elseif at<=ARGV[6] then redis.call('HDEL',KEYS[1],ARGV[2]) "
-    "else return 0 end return 1 end "
-    "if ARGV[4]=='' or v and (at=='' or at>=ARGV[6]) then return -1 end "
+    "then at=r.RestartedAt:sub(1,19) end end end "
+    "local new,same=ARGV[7]~='',v and id==ARGV[3] "
+    "local mine=redis.call('GET',KEYS[2])==ARGV[1] "
+    "if ARGV[7]=='late' and v and not same and at>ARGV[6] then return 0 end "
+    "if not new then if v and not same then return 0 end "
+    "if ARGV[4]=='' then if not mine then return -1 end "
+    "redis.call('HDEL',KEYS[1],ARGV[2]) return 1 end "
+    "if not mine and v and (at=='' or at>=ARGV[6]) then return -1 end end "
     "redis.call('HSET',KEYS[1],ARGV[2],ARGV[4]) "
+    "if mine and not new then return 1 end "
     "redis.call('XADD',KEYS[3],'MAXLEN','~',ARGV[5],'*','job',ARGV[2],"
-    "'record',ARGV[4]) return 2";
+    "'record',ARGV[4]) return new and 1 or 2";
 
 enum stored { STORED, STORED_REPLACED, STORED_ELSEWHERE, STORED_NOT };
 
@@ -9519,6 +9533,7 @@ static void store_ended(struct job *j, enum stored got, int64_t now)
         && (j->state != J_OVER || (op == ST_DEL && !j->is_forgotten));
     if (again)
         j->store = (uint8_t)op;
+    j->is_late |= again && op == ST_NEW;
     if (op == ST_NEW)                    /* or it is logged; memory has it */
         job_tell_waiter(j);
     if (j->store) {
@@ -9535,6 +9550,7 @@ static void store_ended(struct job *j, enum stored got, int64_t now)
         job_free(j);
     } else if (got == STORED_REPLACED) {
         job_log(EV_JOB_REPLACED, j, "");
+        rep.load |= rep.mine & 1ULL << j->shard;     /* by whom? */
         job_end(j, NULL, now);
     } else if (got == STORED_ELSEWHERE
                || (got == STORED && op == ST_NEW && !job_is_mine(j))) {
@@ -9557,29 +9573,33 @@ static void store_tell_up(void)
            : SL("replicas")));
 }
 
-/* Whether Redis refused what is not asked of it again: it lacks scripts or
- * streams, its ACL forbids them, or something else has our keys. Then all
- * jobs are ours. Errors of its own passing state are no such thing. */
-static bool store_is_refused(const struct rsp *e)
+/* Whether Redis says that it never will: it lacks scripts or streams, its
+ * ACL forbids them, or our keys are something else's. Older ones wrap what
+ * a script met into an error of their own. */
+static bool store_is_never(const struct rsp *e)
 {
-    static const char *const passing[] = { "LOADING", "READONLY", "BUSY",
-        "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "TRYAGAIN",
-        "CLUSTERDOWN", "NOAUTH", "EXECABORT" };
-    bool refused = e && e->type == RSP_ERROR;
-    for (size_t i = 0; refused && i < COUNT_OF(passing); i++)
-        if (sl_starts(e->text, sl_str(passing[i])))
-            refused = false;
-    if (!refused || store_mode == STORE_SINGLE)
-        return refused;
+    static const char *const never[] = { "NOPERM", "WRONGTYPE",
+        "unknown command", "unknown subcommand", "Unknown Redis command",
+        "not allowed from script", "can't run this command" };
+    for (size_t i = 0; e && e->type == RSP_ERROR && i < COUNT_OF(never); i++)
+        if (memmem(e->text.p, e->text.len, never[i], strlen(never[i])))
+            return true;
+    return false;
+}
+
+/* Redis was asked what it can do, and refused: all jobs are ours. Later
+ * refusals are outages, since other replicas may share on. */
+static void store_probed(const struct rsp *e)
+{
+    if (store_mode != STORE_PROBE || !store_is_never(e))
+        return;
     LOG(EV_REDIS_SINGLE, KV("code", rds_code(e)));
     store_mode = STORE_SINGLE;
     store_tell_up();
-    rep.load = UINT64_MAX;
-    rep.mine = UINT64_MAX;
+    rep.load = rep.mine = UINT64_MAX;
     met.gauge[GA_SHARDS] = LIM_SHARD_CNT;
     met.gauge[GA_REPLICAS] = rep.cnt = 1;
     loop_wake(KIND_REPLICA, 0);
-    return true;
 }
 
 /* Redis refuses writes for now: a pause. */
@@ -9604,45 +9624,15 @@ static void store_done_write(uint16_t idx, const struct rsp *e, int64_t now)
 static void store_done_script(uint16_t idx, const struct rsp *e, int64_t now)
 {
     bool ok = e && e->type == RSP_INT;
-    if (e && !ok && !store_is_refused(e))
+    if (e && !ok)
         store_refused("EVAL", e, now);
     store_ended(&job_pool[idx], !ok ? STORED_NOT : e->n == 1 ? STORED
         : e->n == 0 ? STORED_REPLACED : STORED_ELSEWHERE, now);
 }
 
-static bool store_exec_failed;       /* one of the two commands did */
-
-static void store_done_queued(uint16_t idx, const struct rsp *e, int64_t now)
-{
-    (void)idx;
-    store_exec_failed = false;
-    if (e && e->type == RSP_ERROR && !store_is_refused(e))
-        store_refused("MULTI", e, now);
-}
-
-static void store_item_exec(const struct rsp *e, const unsigned *path,
-    unsigned depth, int64_t now)
-{
-    (void)path;
-    (void)depth;
-    if (e->type != RSP_ERROR)
-        return;
-    store_exec_failed = true;
-    if (!store_is_refused(e))
-        store_refused("EXEC", e, now);
-}
-
-static void store_done_exec(uint16_t idx, const struct rsp *e, int64_t now)
-{
-    bool ok = e && e->type == RSP_ARRAY && !store_exec_failed;
-    store_ended(&job_pool[idx], ok ? STORED : STORED_NOT, now);
-}
-
 static const struct rds_op
     store_op_write = { "HSET", 1, 0, 0, NULL, store_done_write },
-    store_op_script = { "EVAL", 1, 0, 0, NULL, store_done_script },
-    store_op_queued = { "MULTI", 1, 0, 0, NULL, store_done_queued },
-    store_op_exec = { "EXEC", 1, 0, 0, store_item_exec, store_done_exec };
+    store_op_script = { "EVAL", 1, 0, 0, NULL, store_done_script };
 
 /* The record of a job. The second identity is left out where it would make
  * the value too long to be read again. */
@@ -9701,21 +9691,12 @@ static void store_send(struct job *j, int64_t now)
                 key, field, value }, 4, now);
         return;
     }
-    if (op != ST_NEW) {
-        rds_send(RDS_MAIN, &store_op_script, idx, (sl[]){ SL("EVAL"),
-            sl_str(store_script), SL("3"), key, lease_key(lease, j->shard),
-            sl_str(store_stream), { rep.id, sizeof rep.id }, field,
-            { j->delay_id, j->delay_len }, value, max, { date, at.len } },
-            12, now);
-        return;
-    }
-    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("MULTI") }, 1, now);
-    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("HSET"), key, field,
-        value }, 4, now);
-    rds_send(RDS_MAIN, &store_op_queued, idx, (sl[]){ SL("XADD"),
-        sl_str(store_stream), SL("MAXLEN"), SL("~"), max, SL("*"),
-        SL("job"), field, SL("record"), value }, 10, now);
-    rds_send(RDS_MAIN, &store_op_exec, idx, (sl[]){ SL("EXEC") }, 1, now);
+    rds_send(RDS_MAIN, &store_op_script, idx, (sl[]){ SL("EVAL"),
+        sl_str(store_script), SL("3"), key, lease_key(lease, j->shard),
+        sl_str(store_stream), { rep.id, sizeof rep.id }, field,
+        { j->delay_id, j->delay_len }, value, max, { date, at.len },
+        op != ST_NEW ? SL("") : j->is_late ? SL("late") : SL("new") }, 13,
+        now);
 }
 
 /* Send as much as there is room for. */
@@ -9724,7 +9705,7 @@ static void store_run(int64_t now)
     while (store_cnt && rds_is_up(RDS_MAIN) && now >= store_pause_at
            && store_mode >= STORE_SHARED
            && (store_mode == STORE_SINGLE || now < rep.until)
-           && rds_has_room(RDS_MAIN, 16384, 4)) {
+           && rds_has_room(RDS_MAIN, 16384, 1)) {
         uint16_t idx = store_ring[store_head];
         store_head = (store_head + 1) % LIM_JOB_CNT;
         store_cnt--;
@@ -9738,8 +9719,10 @@ static void store_run(int64_t now)
 static void store_done_lease(uint16_t idx, const struct rsp *e, int64_t now)
 {
     struct job *j = &job_pool[idx];
-    bool mine = e && e->type == RSP_BULK
+    bool mine = e && e->type == RSP_BULK && j->is_asked
         && sl_eq(e->text, (sl){ rep.id, sizeof rep.id });
+    j->is_asking = j->is_asked = false;
+    job_free(j);
     if (j->state != J_LEAVING || j->check != CK_SEND || !mine)
         return;                          /* the next look-up asks again */
     j->check = CK_NONE;
@@ -9757,9 +9740,15 @@ static void job_may_send(struct job *j, int64_t now)
 {
     uint8_t key[24];
     struct rsp mine = { RSP_BULK, 0, { rep.id, sizeof rep.id } };
-    if (store_mode != STORE_SHARED || store_is_away(now))
+    if (j->is_asking)                    /* for an older leave */
+        return;
+    j->is_asked = true;
+    j->is_asking = store_mode == STORE_SHARED && !store_is_away(now);
+    if (!j->is_asking)
         store_done_lease((uint16_t)job_idx(j), &mine, now);
-    else if (rds_is_up(RDS_MAIN) && rds_has_room(RDS_MAIN, 256, 1))
+    else if (!rds_is_up(RDS_MAIN) || !rds_has_room(RDS_MAIN, 256, 1))
+        j->is_asking = false;
+    else
         rds_send(RDS_MAIN, &store_op_lease, (uint16_t)job_idx(j),
             (sl[]){ SL("GET"), lease_key(key, j->shard) }, 2, now);
 }
@@ -9849,7 +9838,7 @@ static void load_job(const struct record *r, int64_t now)
         return;
     }
     a = api_find(p.server, now);
-    if (!a || (!old && job_refuses(&p) != EV_NONE)) {
+    if (!a) {
         load_bad("no room");
         return;
     }
@@ -9945,7 +9934,7 @@ static void load_item(const struct rsp *e, const unsigned *path,
         return;
     }
     sha256(field, sum);
-    if (rep.loading >> sum[0] % LIM_SHARD_CNT & 1)
+    if ((rep.loading & rep.mine) >> sum[0] % LIM_SHARD_CNT & 1)
         load_record(field, e->text, now);
 }
 
@@ -9958,7 +9947,7 @@ static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
     rep.is_reload = false;
     if (e && e->type != RSP_ARRAY)
         rds_log_refused("HGETALL", e);
-    if (!e || (e->type != RSP_ARRAY && !store_is_refused(e))) {
+    if (!e || (e->type != RSP_ARRAY && !store_is_never(e))) {
         rep.load |= rep.loading;         /* again */
         rep.load_at = now + 1000;
         return;
@@ -9979,19 +9968,19 @@ static const struct rds_op load_op = { "HGETALL", LIM_LOAD_FACTOR, 0, 0,
 /* Read the records of the shards that are new here. */
 static void load_run(int64_t now)
 {
-    if (rep.reload_at && now >= rep.reload_at) {
-        rep.reload_at = 0;
-        rep.is_reload = true;
-        rep.load = rep.mine;
-    }
-    if (!rep.load || rep.is_loading || !rds_is_up(RDS_MAIN)
-        || now < rep.load_at || !rds_has_room(RDS_MAIN, 256, 1)
+    bool reload = !rep.load && rep.reload_at && now >= rep.reload_at;
+    if (!(rep.load || reload) || rep.is_loading || !rds_is_up(RDS_MAIN)
+        || now < rep.load_at
+        || (store_mode == STORE_SHARED && now >= rep.until) || !rds_has_room(RDS_MAIN, 256, 1)
         || store_mode < (rep.is_caught_up ? STORE_SHARED : STORE_SINGLE))
         return;
     load_cnt = (struct load_cnt){ 0 };
-    rep.loading = rep.load;
+    rep.loading = reload ? rep.mine : rep.load;
     rep.load = 0;
     rep.is_loading = true;
+    rep.is_reload = reload;
+    if (reload)
+        rep.reload_at = 0;
     rds_send(RDS_MAIN, &load_op, 0, (sl[]){ SL("HGETALL"),
         sl_str(store_key) }, 2, now);
 }
@@ -10149,11 +10138,13 @@ static void stream_done(uint16_t idx, const struct rsp *e, int64_t now)
     (void)now;
     rep.is_reading = false;
     loop_wake(KIND_REPLICA, 0);
-    if (!e) {
-        stream_cnt = 0;                   /* the last may be cut: again */
+    if (!e) {                            /* the last may be cut: again, */
+        if (stream_cnt && rds_pool[RDS_STREAM].is_garbled)
+            rep.last = stream_entry.at;  /* but not one that is garbage */
+        stream_cnt = 0;
         return;
     }
-    if (e->type == RSP_ERROR && !store_is_refused(e)) {
+    if (e->type == RSP_ERROR) {
         rds_log_refused("XREAD", e);
         rds_pool[RDS_STREAM].fault = "XREAD refused";
         return;
@@ -10323,11 +10314,14 @@ static void rep_leases(int64_t now)
     if (tick.taken & before || (is_early && before & ~own))
         rep_changed(now);                /* a lease was gone before its time */
     rep_drop(before & ~own, now);
+    rep.good_at = rep.sent_at;
+    rep.is_told = false;
     rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
     rep.has_slept = false;
     rep.mine = own;
     uint64_t fresh = tick.taken | (own & ~before);
     rep.load = (rep.load & own) | fresh;
+    rep.loading &= own;
     for (unsigned s = 0; s < LIM_SHARD_CNT; s++)
         if (fresh >> s & 1)
             rep.from[s] = tick.last;
@@ -10350,11 +10344,12 @@ static void rep_done(uint16_t idx, const struct rsp *e, int64_t now)
     (void)idx;
     rep.is_ticking = false;
     loop_wake(KIND_REPLICA, 0);
-    if (!e || store_mode == STORE_SINGLE || store_is_refused(e))
+    store_probed(e);
+    if (!e || store_mode == STORE_SINGLE)
         return;
     if (e->type != RSP_ARRAY || tick.is_bad) {
-        rds_log_refused("EVAL", e);
-        rds_pool[RDS_MAIN].fault = "leases refused";
+        store_refused("EVAL", e, now);
+        rep.tick_at = now + 1000;
         return;
     }
     rep.has_left = tick.is_last;
@@ -10427,8 +10422,16 @@ static void rep_done_info(uint16_t idx, const struct rsp *e, int64_t now)
         memcpy(rep.run_id, id.p, id.len);
 }
 
-static const struct rds_op rep_op_info = { "INFO", 1, 0, 0, NULL,
-    rep_done_info };
+static void rep_done_probe(uint16_t idx, const struct rsp *e, int64_t now)
+{
+    (void)idx;
+    (void)now;
+    store_probed(e);
+}
+
+static const struct rds_op
+    rep_op_info = { "INFO", 1, 0, 0, NULL, rep_done_info },
+    rep_op_probe = { "XADD", 1, 0, 0, NULL, rep_done_probe };
 
 /* Redis is there, perhaps again. What happened meanwhile went past. */
 static void rep_connected(int64_t now)
@@ -10436,12 +10439,20 @@ static void rep_connected(int64_t now)
     rep.serial = rds_pool[RDS_MAIN].serial;
     rep.tick_at = now;
     rep.until = 0;                       /* nothing is ours until it says so */
-    rep.is_told = false;
     store_pause_at = now;
     if (store_mode == STORE_SINGLE)
         store_tell_up();
+    if (!rds_has_room(RDS_MAIN, 512, 3))
+        return;
     rds_send(RDS_MAIN, &rep_op_info, 0, (sl[]){ SL("INFO"), SL("server") },
         2, now);
+    if (store_mode == STORE_PROBE) {     /* 0-0 is never taken */
+        rds_send(RDS_MAIN, &rep_op_probe, 0, (sl[]){ SL("XADD"),
+            sl_str(store_stream), SL("0-0"), SL("a"), SL("b") }, 5, now);
+        rds_send(RDS_MAIN, &rep_op_probe, 0, (sl[]){ SL("XREAD"),
+            SL("COUNT"), SL("1"), SL("STREAMS"), sl_str(store_stream),
+            SL("$") }, 6, now);
+    }
     for (size_t i = 0; rep.serial > 1 && rep.cnt > 1 && i < job_top; i++)
         job_doubt(&job_pool[i], LIM_RECHECK_MS, now);
 }
@@ -10466,7 +10477,11 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
     (void)revents;
     if (store_mode == STORE_NONE)        /* --check */
         return STEP_WAIT;
-    rep.has_slept |= rep.awake_at && now - rep.awake_at >= LIM_SLEEP_MS;
+    if (now - rep.awake_at >= LIM_SLEEP_MS) {
+        rep.has_slept = rep.awake_at > 0;
+        rep.good_at = now;
+        rep.until = 0;
+    }
     rep.awake_at = now;
     if (main->state == RD_UP) {
         if (rep.serial != main->serial)
@@ -10481,9 +10496,10 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
         for (size_t i = 0; i < COUNT_OF(later); i++)
             if (later[i] > now && later[i] < at)
                 at = later[i];
-    } else {
+    }
+    if (main->state != RD_UP || store_is_away(now)) {
         rep_away(now);
-        at = rep.is_told ? at : main->down_at + LIM_OUTAGE_MS;
+        at = rep.is_told ? at : rep.good_at + LIM_OUTAGE_MS;
     }
     stream_run(now);
     if (store_mode == STORE_SHARED && at > now + LIM_SLEEP_MS / 2)
@@ -10520,10 +10536,10 @@ static bool job_is_settled(int64_t now)
     for (size_t i = 0; i < job_top; i++)
         if (job_hot[i].is_used && (job_hot[i].is_last || job_hot[i].is_out))
             return false;
-    if (store_mode < STORE_SHARED || !rds_is_up(RDS_MAIN))
+    if (store_mode < STORE_SHARED)
         return true;
-    if (met.gauge[GA_UNSAVED])
-        return false;
+    if (met.gauge[GA_UNSAVED] || !rds_is_up(RDS_MAIN))
+        return !met.gauge[GA_UNSAVED];
     if (store_mode == STORE_SINGLE || rep.has_left)
         return true;
     if (!rep.is_leaving) {
@@ -12010,7 +12026,7 @@ static void webhook_done(uint16_t idx, const struct rsp *e, int64_t now)
         conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
         return;
     }
-    if (e && !store_is_refused(e))
+    if (e)
         store_refused("XADD", e, now);
     sha256((sl){ intake_body(&c->body, conn_in[idx], c->head_len),
         c->body.len }, sum);
@@ -12032,7 +12048,7 @@ static const char *webhook_share(struct conn *c, const uint8_t sum[32],
     uint8_t *copy = big ? big_buf(big) : scratch;
     uint8_t max[20];
     struct webhook w;
-    if (!rds_has_room(RDS_MAIN, body.len + token.len + 512, 1)
+    if (!rds_has_room(RDS_MAIN, body.len + token.len + 512, 8)
         || (body.len > sizeof scratch && !big)) {
         big_free(&big);
         LOG(EV_BODY_POOL, KV("req", request_id(c)));
