@@ -8204,6 +8204,7 @@ struct job {
     int64_t check_end, unknown_end;  /* absent, unknown count as gone */
     int64_t absent_at, send_end, connected_at;
     int64_t restarted_wall_ms;       /* as the record says */
+    int64_t accepted_wall_ms;
     int32_t look_wait_ms, call_wait_ms;       /* backoff of each series */
     uint8_t alias[HASH_NAME_LEN], sid[LIM_SID_LEN];
     uint8_t id[2][LIM_JOB_ID_LEN], delay_id[LIM_ID_LEN];
@@ -8242,11 +8243,13 @@ static struct rep {
     bool is_leaving, has_left, is_told, has_slept;
     bool is_reload;                  /* of records seen expired before */
     uint64_t mine, load, loading;
+    uint64_t given;                  /* away, but perhaps not taken yet */
+    int64_t given_at[LIM_SHARD_CNT];
     int release;                     /* shard to give away, -1: none */
     int64_t cnt, share;              /* live replicas, shards for us */
     int64_t until, sent_at, tick_at, changed_at, awake_at;
     int64_t load_at, reload_at;      /* not before; once more */
-    int64_t good_at;                 /* the last renewal was sent, or we woke */
+    int64_t good_at;                 /* last renewal was sent, or we woke */
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
 
@@ -8255,7 +8258,7 @@ static struct rep {
  * of ours is no such outage: it starts the time anew. */
 static bool store_is_away(int64_t now)
 {
-    return now - rep.good_at >= LIM_OUTAGE_MS
+    return now - rep.good_at >= LIM_OUTAGE_MS && !rep.is_loading
         && now - rep.awake_at < LIM_SLEEP_MS;
 }
 
@@ -8277,8 +8280,9 @@ static bool job_may_act(const struct job *j, int64_t now)
  * sleep of ours does, until the leases are confirmed. */
 static bool job_may_restart(const struct job *j, int64_t now)
 {
-    return job_may_act(j, now) || (job_is_mine(j) && !rep.has_slept
-        && now - rep.awake_at < LIM_SLEEP_MS);
+    return job_may_act(j, now)
+        || ((rep.mine | rep.given) >> j->shard & 1 && !rep.has_slept
+            && now - rep.awake_at < LIM_SLEEP_MS);
 }
 
 static size_t job_idx(const struct job *j)
@@ -9428,7 +9432,7 @@ static struct job *job_make(const struct job_params *p, struct api *a,
     j->followed = p->identity[1].len ? 2 : 0;
     j->wait_end = now + (p->timeout_ms < LIM_WAIT_MS ? p->timeout_ms
         : LIM_WAIT_MS);
-    j->restarted_wall_ms = io_wall_ms();
+    j->restarted_wall_ms = j->accepted_wall_ms = io_wall_ms();
     uint16_t *chain = job_chain(p->alias);
     j->next = *chain;
     *chain = (uint16_t)(job_idx(j) + 1);
@@ -9669,7 +9673,8 @@ static void store_send(struct job *j, int64_t now)
     uint8_t field_text[8 * LIM_JOB_ID_LEN], value_text[2 * LIM_RECORD_LEN];
     uint8_t lease[24], len[20], date[20];
     struct bb f = BB(field_text), v = BB(value_text), at = BB(date);
-    struct civil c = civil_from(j->restarted_wall_ms / 1000);
+    struct civil c = civil_from((j->store == ST_NEW ? j->accepted_wall_ms
+        : j->restarted_wall_ms) / 1000);
     uint16_t idx = (uint16_t)job_idx(j);
     enum store_op op = (enum store_op)j->store;
     rec_put_field(&f, (sl){ j->alias, HASH_NAME_LEN },
@@ -9971,7 +9976,8 @@ static void load_run(int64_t now)
     bool reload = !rep.load && rep.reload_at && now >= rep.reload_at;
     if (!(rep.load || reload) || rep.is_loading || !rds_is_up(RDS_MAIN)
         || now < rep.load_at
-        || (store_mode == STORE_SHARED && now >= rep.until) || !rds_has_room(RDS_MAIN, 256, 1)
+        || (store_mode == STORE_SHARED && now >= rep.until)
+        || !rds_has_room(RDS_MAIN, 256, 1)
         || store_mode < (rep.is_caught_up ? STORE_SHARED : STORE_SINGLE))
         return;
     load_cnt = (struct load_cnt){ 0 };
@@ -10314,6 +10320,13 @@ static void rep_leases(int64_t now)
     if (tick.taken & before || (is_early && before & ~own))
         rep_changed(now);                /* a lease was gone before its time */
     rep_drop(before & ~own, now);
+    rep.given &= ~own;
+    for (unsigned s = 0; s < LIM_SHARD_CNT; s++)
+        if (rep.given >> s & 1
+            && rep.sent_at - rep.given_at[s] >= 2 * LIM_TICK_MS) {
+            rep.given &= ~(1ULL << s);
+            rep_drop(1ULL << s, now);
+        }
     rep.good_at = rep.sent_at;
     rep.is_told = false;
     rep.until = rep.sent_at + LIM_LEASE_MS * 2 / 3;
@@ -10364,7 +10377,7 @@ static void rep_done(uint16_t idx, const struct rsp *e, int64_t now)
 static const struct rds_op rep_op = { "EVAL", 1, 0, 0, rep_item, rep_done };
 
 /* A shard to give away: one of too many, none of whose jobs Redis has yet
- * to be told of. Its jobs end here at once. */
+ * to be told of. Its jobs stay until another must have taken it. */
 static void rep_give(int64_t now)
 {
     uint64_t busy = 0;
@@ -10381,7 +10394,8 @@ static void rep_give(int64_t now)
     if (rep.release < 0)
         return;
     rep.mine &= ~(1ULL << rep.release);
-    rep_drop(1ULL << rep.release, now);
+    rep.given |= 1ULL << rep.release;
+    rep.given_at[rep.release] = now;
 }
 
 /* Renew the leases. */
@@ -10442,8 +10456,6 @@ static void rep_connected(int64_t now)
     store_pause_at = now;
     if (store_mode == STORE_SINGLE)
         store_tell_up();
-    if (!rds_has_room(RDS_MAIN, 512, 3))
-        return;
     rds_send(RDS_MAIN, &rep_op_info, 0, (sl[]){ SL("INFO"), SL("server") },
         2, now);
     if (store_mode == STORE_PROBE) {     /* 0-0 is never taken */
@@ -10461,7 +10473,9 @@ static void rep_connected(int64_t now)
 static void rep_away(int64_t now)
 {
     for (size_t i = 0; i < job_top; i++) {
-        job_tell_waiter(&job_pool[i]);
+        struct job *j = &job_pool[i];
+        j->is_late |= j->store == ST_NEW || j->storing == ST_NEW;
+        job_tell_waiter(j);
         if (!rep.is_told && store_is_away(now))
             loop_wake(KIND_JOB, i);
     }
@@ -10484,7 +10498,7 @@ static enum step rep_step(size_t idx, int revents, int64_t now)
     }
     rep.awake_at = now;
     if (main->state == RD_UP) {
-        if (rep.serial != main->serial)
+        if (rep.serial != main->serial && rds_has_room(RDS_MAIN, 512, 3))
             rep_connected(now);
         rep_tick(now);
         load_run(now);
@@ -12034,43 +12048,24 @@ static void webhook_done(uint16_t idx, const struct rsp *e, int64_t now)
 }
 
 /* Append a verified webhook to the stream, unchanged; all replicas, this
- * one too, read it there. The body is judged first, on a copy, since
- * reading changes it. NULL: answered later, else what is wrong. */
-static const char *webhook_share(struct conn *c, const uint8_t sum[32],
-    int64_t now)
+ * one too, judge its body where they read it. */
+static void webhook_share(struct conn *c, int64_t now)
 {
     static const struct rds_op op = { "XADD", 1, 0, 0, NULL, webhook_done };
     sl in = { conn_in[conn_idx(c)], c->in_len };
     sl body = { intake_body(&c->body, conn_in[conn_idx(c)], c->head_len),
         c->body.len };
     sl token = h1_get(in, &c->head, H1_AUTHORIZATION);
-    uint8_t big = body.len > sizeof scratch ? big_take(body.len) : 0;
-    uint8_t *copy = big ? big_buf(big) : scratch;
     uint8_t max[20];
-    struct webhook w;
-    if (!rds_has_room(RDS_MAIN, body.len + token.len + 512, 8)
-        || (body.len > sizeof scratch && !big)) {
-        big_free(&big);
-        LOG(EV_BODY_POOL, KV("req", request_id(c)));
-        conn_answer(c, &(struct answer){ 503, "", { NULL, 0 } }, now);
-        return NULL;
+    if (rds_has_room(RDS_MAIN, body.len + token.len + 512, 8)) {
+        rds_send(RDS_MAIN, &op, (uint16_t)conn_idx(c), (sl[]){ SL("XADD"),
+            sl_str(store_stream), SL("MAXLEN"), SL("~"),
+            text_u64(max, LIM_STREAM_LEN), SL("*"), SL("token"), token,
+            SL("body"), body }, 10, now);
+        return;
     }
-    memcpy(copy, body.p, body.len);
-    bool ok = webhook_parse(copy, body.len, &w);
-    bool seen = ok && w.id.len && webhook_seen(w.id, sum, false, now);
-    big_free(&big);
-    if (!ok)
-        return "body";
-    if (seen) {
-        LOG(EV_WEBHOOK_DUPLICATE, KV("req", request_id(c)));
-        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
-        return NULL;
-    }
-    rds_send(RDS_MAIN, &op, (uint16_t)conn_idx(c), (sl[]){ SL("XADD"),
-        sl_str(store_stream), SL("MAXLEN"), SL("~"),
-        text_u64(max, LIM_STREAM_LEN), SL("*"), SL("token"), token,
-        SL("body"), body }, 10, now);
-    return NULL;
+    LOG(EV_BODY_POOL, KV("req", request_id(c)));
+    conn_answer(c, &(struct answer){ 503, "", { NULL, 0 } }, now);
 }
 
 /* POST /sfu_webhook: 200 whatever it was, so that LiveKit does not repeat
@@ -12084,16 +12079,15 @@ static void srv_webhook(struct conn *c, int64_t now)
     const char *why = webhook_token(c, want);
     if (!why && !ct_eq(sum, want, 32))
         why = "body hash";
-    if (!why && !stream_is_shared()) {
+    if (why) {
+        LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)),
+            KV("reason", sl_str(why)));
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    } else if (stream_is_shared()) {
+        webhook_share(c, now);
+    } else {
         webhook_alone(c, sum, now);
-        return;
     }
-    if (!why)
-        why = webhook_share(c, sum, now);
-    if (!why)
-        return;
-    LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)), KV("reason", sl_str(why)));
-    conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
 }
 
 /* ==== 23 IO ======================== PART III: WORLD ==================
