@@ -3754,6 +3754,17 @@ MUST_USE static bool rfc3339_parse(sl s_raw, int64_t *sec, uint32_t *ns)
     return true;
 }
 
+/* Append an RFC 3339 time but for its Z, trailing zeros trimmed: as text
+ * the earlier one is the lesser. */
+static void bb_moment(struct bb *b, int64_t sec, uint32_t ns)
+{
+    struct civil c = civil_from(sec);
+    bb_date(b, &c);
+    bb_str(b, ns ? "." : "");
+    for (uint32_t div = 100000000; ns; ns %= div, div /= 10)
+        bb_byte(b, (uint8_t)('0' + ns / div));
+}
+
 /* A delegated leave as it is stored (PROTOCOL section 12): field and value
  * of the hash lk-jwt:jobs. The last three are ours: readers that do not
  * know them pass over them. */
@@ -3764,6 +3775,7 @@ struct record {
     uint32_t restarted_ns;
     sl identity2, sid;
     bool is_connected;
+    int64_t delegated_ms;            /* unix time; written if it differs */
 };
 
 /* Append the field: the key of a job as canonical JSON. */
@@ -3787,8 +3799,6 @@ static void rec_put(struct bb *b, const struct record *r)
         { ",\"LiveKitIdentity2\":", r->identity2 },
         { r->is_connected ? ",\"Connected\":true,\"Sid\":" : ",\"Sid\":",
           r->sid } };
-    struct civil c = civil_from(r->restarted_s);
-    uint32_t ns = r->restarted_ns;
     for (size_t i = 0; i < COUNT_OF(part); i++) {
         if (i >= 4 && part[i].value.len == 0)
             continue;
@@ -3801,11 +3811,15 @@ static void rec_put(struct bb *b, const struct record *r)
     }
     bb_str(b, r->is_connected && r->sid.len == 0 ? ",\"Connected\":true"
         : "");
+    if (r->delegated_ms && r->delegated_ms != r->restarted_s * 1000
+        + r->restarted_ns / 1000000) {
+        bb_str(b, ",\"DelegatedAt\":\"");
+        bb_moment(b, r->delegated_ms / 1000,
+            (uint32_t)(r->delegated_ms % 1000) * 1000000);
+        bb_str(b, "Z\"");
+    }
     bb_str(b, "},\"RestartedAt\":\"");
-    bb_date(b, &c);
-    bb_str(b, ns ? "." : "");
-    for (uint32_t div = 100000000; ns; ns %= div, div /= 10)
-        bb_byte(b, (uint8_t)('0' + ns / div));
+    bb_moment(b, r->restarted_s, r->restarted_ns);
     bb_str(b, "Z\"}");
 }
 
@@ -3816,8 +3830,8 @@ static void rec_put(struct bb *b, const struct record *r)
 MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
     uint8_t *value_raw, size_t value_len, struct record *r)
 {
-    struct raw { sl delay_id, server, alias, identity, identity2, sid, at;
-        struct js_int timeout; bool connected; } v = { .connected = false };
+    struct raw { sl delay_id, server, alias, identity, identity2, sid, at,
+        delegated; struct js_int timeout; bool connected; } v = { .connected = false };
 #define AT(member) offsetof(struct raw, member)
     static const struct js_field param_field[] = {
         { "DelayId", JS_STRING, AT(delay_id), NULL },
@@ -3827,6 +3841,7 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
         { "LiveKitIdentity", JS_STRING, AT(identity), NULL },
         { "LiveKitIdentity2", JS_STRING, AT(identity2), NULL },
         { "Sid", JS_STRING, AT(sid), NULL },
+        { "DelegatedAt", JS_STRING, AT(delegated), NULL },
         { "Connected", JS_FLAG, AT(connected), NULL } };
     static const struct js_table param = { param_field,
         COUNT_OF(param_field), false, false };
@@ -3859,6 +3874,14 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
         return "Sid";
     if (!rfc3339_parse(v.at, &r->restarted_s, &r->restarted_ns))
         return "RestartedAt";
+    r->delegated_ms = 0;
+    if (v.delegated.len) {
+        int64_t sec;
+        uint32_t ns;
+        if (!rfc3339_parse(v.delegated, &sec, &ns))
+            return "DelegatedAt";
+        r->delegated_ms = sec * 1000 + ns / 1000000;
+    }
     r->delay_id = v.delay_id;
     r->server = v.server;
     r->alias = alias;
@@ -9507,15 +9530,17 @@ static const char store_key[] = "lk-jwt:jobs", store_stream[] =
  * Returns 1 done, 0 another delegation replaced it, -1 another replica has
  * it, 2 it was gone or older than ours, and whoever has the lease is told. */
 static const char store_script[] =
-    "local v,at,id=redis.call('HGET',KEYS[1],ARGV[2]),'' "
+    "local v=redis.call('HGET',KEYS[1],ARGV[2]) local at,born,id='','' "
+    "local function t(s) return type(s)=='string' and s:sub(-1)=='Z' "
+    "and s:sub(1,-2) or '' end "
     "if v then local ok,r=pcall(cjson.decode,v) "
     "if ok and type(r)=='table' and type(r.Params)=='table' then "
-    "id=r.Params.DelayId "
-    "if type(r.RestartedAt)=='string' and r.RestartedAt:sub(-1)=='Z' "
-    "then at=r.RestartedAt:sub(1,19) end end end "
+    "id,at,born=r.Params.DelayId,t(r.RestartedAt),t(r.Params.DelegatedAt) "
+    "if born=='' then born=at end end end "
     "local new,same=ARGV[7]~='',v and id==ARGV[3] "
     "local mine=redis.call('GET',KEYS[2])==ARGV[1] "
-    "if ARGV[7]=='late' and v and not same and at>ARGV[6] then return 0 end "
+    "if ARGV[7]=='late' and v and not same and born>=ARGV[6] "
+    "then return 0 end "
     "if not new then if v and not same then return 0 end "
     "if ARGV[4]=='' then if not mine then return -1 end "
     "redis.call('HDEL',KEYS[1],ARGV[2]) return 1 end "
@@ -9648,6 +9673,7 @@ static void job_put_record(const struct job *j, struct bb *b)
         .identity2 = { j->id[1], j->id_len[1] },
         .sid = { j->sid, j->sid_len }, .timeout_ms = j->timeout_ms,
         .is_connected = j->state == J_CONNECTED || j->state == J_LEAVING,
+        .delegated_ms = j->accepted_wall_ms,
         .restarted_s = j->restarted_wall_ms / 1000,
         .restarted_ns = (uint32_t)(j->restarted_wall_ms % 1000) * 1000000 };
     rec_put(b, &r);
@@ -9671,17 +9697,17 @@ static sl lease_key(uint8_t buf[24], unsigned shard)
 static void store_send(struct job *j, int64_t now)
 {
     uint8_t field_text[8 * LIM_JOB_ID_LEN], value_text[2 * LIM_RECORD_LEN];
-    uint8_t lease[24], len[20], date[20];
+    uint8_t lease[24], len[20], date[40];
     struct bb f = BB(field_text), v = BB(value_text), at = BB(date);
-    struct civil c = civil_from((j->store == ST_NEW ? j->accepted_wall_ms
-        : j->restarted_wall_ms) / 1000);
+    int64_t wall = j->store == ST_NEW ? j->accepted_wall_ms
+        : j->restarted_wall_ms;
     uint16_t idx = (uint16_t)job_idx(j);
     enum store_op op = (enum store_op)j->store;
     rec_put_field(&f, (sl){ j->alias, HASH_NAME_LEN },
         (sl){ j->id[0], j->id_len[0] });
     if (op != ST_DEL)
         job_put_record(j, &v);
-    bb_date(&at, &c);
+    bb_moment(&at, wall / 1000, (uint32_t)(wall % 1000) * 1000000);
     sl key = sl_str(store_key), field = { f.p, f.len };
     sl value = { v.p, v.len }, max = text_u64(len, LIM_STREAM_LEN);
     must(!f.over && !v.over);
@@ -9863,6 +9889,7 @@ static void load_job(const struct record *r, int64_t now)
     }
     load_cnt.restored++;
     j->restarted_wall_ms = at;
+    j->accepted_wall_ms = r->delegated_ms ? r->delegated_ms : at;
     if (r->is_connected)
         job_resume(j, r, at + r->timeout_ms - wall, now);
     else
@@ -9997,13 +10024,13 @@ static void load_run(int64_t now)
  * has the same answer and no effect. */
 static struct { uint8_t key[16]; int64_t until; } seen_cache[LIM_SEEN_CNT];
 
-/* Whether the event was seen; with `mark` it counts as seen from now on. */
-static bool webhook_seen(sl id, const uint8_t body_sum[32], bool mark,
-    int64_t now)
+/* Whether a body, its event's id in it, was seen; with `mark` it counts as
+ * seen from now on. */
+static bool webhook_seen(const uint8_t body_sum[32], bool mark, int64_t now)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, id, { body_sum, 32 } };
-    hash_parts(part, 3, sum);
+    sl part[] = { { sec_boot, 32 }, { body_sum, 32 } };
+    hash_parts(part, 2, sum);
     size_t set = be16(sum) % (LIM_SEEN_CNT / 4) * 4, best = set;
     for (size_t i = set; i < set + 4; i++) {
         if (seen_cache[i].until > now
@@ -10024,7 +10051,7 @@ static bool webhook_seen(sl id, const uint8_t body_sum[32], bool mark,
 static void webhook_act(const struct webhook *w, const uint8_t sum[32],
     sl req, bool mark, int64_t wall_ms, int64_t now)
 {
-    if (w->id.len && webhook_seen(w->id, sum, mark, now)) {
+    if (w->id.len && webhook_seen(sum, mark, now)) {
         LOG(EV_WEBHOOK_DUPLICATE, KV("req", req));
         return;
     }
@@ -12083,6 +12110,9 @@ static void srv_webhook(struct conn *c, int64_t now)
         LOG(EV_WEBHOOK_BAD, KV("req", request_id(c)),
             KV("reason", sl_str(why)));
         conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    } else if (stream_is_shared() && webhook_seen(sum, false, now)) {
+        LOG(EV_WEBHOOK_DUPLICATE, KV("req", request_id(c)));
+        conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
     } else if (stream_is_shared()) {
         webhook_share(c, now);
     } else {
@@ -12340,13 +12370,16 @@ static bool io_changed(struct watched *w)
 static sl io_hosts(void)
 {
     static struct watched w;
-    static uint8_t text[LIM_HOSTS_LEN];
+    static uint8_t text[LIM_HOSTS_LEN], next[LIM_HOSTS_LEN];
     static size_t len;
     w.path = cfg.hosts_file.len ? (const char *)cfg.hosts_file.p
         : "/etc/hosts";
     if (io_changed(&w)) {
-        ssize_t n = io_read_file(w.path, text, sizeof text);
-        len = n > 0 ? (size_t)n : 0;
+        ssize_t n = io_read_file(w.path, next, sizeof next);
+        if (n >= 0)
+            memcpy(text, next, (size_t)n);
+        if (n >= 0 || n == -ENOENT)      /* else the old text stays */
+            len = n > 0 ? (size_t)n : 0;
         LOG(EV_FILES_READ, KV("file", sl_str(w.path)),
             KV("error", n < 0 ? sl_str(strerror((int)-n))
                               : (sl){ NULL, 0 }));

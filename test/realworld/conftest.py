@@ -91,7 +91,7 @@ def env(world, pki):
     """The service's environment, given who has full access."""
     def make(full, **more):
         return {"LIVEKIT_URL": world.sfu.url, "LIVEKIT_KEY": CANARY_KEY, "LIVEKIT_SECRET": CANARY_SECRET,
-                "LIVEKIT_FULL_ACCESS_HOMESERVERS": full, "SSL_CERT_FILE": pki.ca_file,
+                "LIVEKIT_FULL_ACCESS_HOMESERVERS": full, "SSL_CERT_FILE": pki.ca_file, "LKJWT_UID": "0",
                 "LKJWT_HOSTS_FILE": world.hosts, "LKJWT_ALLOW_NETWORKS": "127.0.0.0/8", **more}
     return make
 
