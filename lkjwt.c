@@ -9946,9 +9946,9 @@ static void load_record(sl raw_field, sl raw_value, int64_t now)
 static uint8_t load_field[LIM_RECORD_LEN];
 static size_t load_field_len;        /* more than fits: too long */
 
-/* HGETALL: fields and values take turns. */
-static void load_item(const struct rsp *e, const unsigned *path,
-    unsigned depth, int64_t now)
+/* Fields and values take turns; those of the given shards are used. */
+static void load_take(const struct rsp *e, const unsigned *path,
+    unsigned depth, uint64_t shards, int64_t now)
 {
     uint8_t sum[32];
     if (depth != 1 || e->type != RSP_BULK)
@@ -9966,8 +9966,28 @@ static void load_item(const struct rsp *e, const unsigned *path,
         return;
     }
     sha256(field, sum);
-    if ((rep.loading & rep.mine) >> sum[0] % LIM_SHARD_CNT & 1)
+    if (shards >> sum[0] % LIM_SHARD_CNT & 1)
         load_record(field, e->text, now);
+}
+
+static void load_item(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    load_take(e, path, depth, rep.loading & rep.mine, now);
+}
+
+/* A field that was noticed, and what stands there now. */
+static void notice_item(const struct rsp *e, const unsigned *path,
+    unsigned depth, int64_t now)
+{
+    load_take(e, path, depth, rep.mine, now);
+}
+
+static void notice_done(uint16_t shard, const struct rsp *e, int64_t now)
+{
+    (void)now;
+    if (!e || e->type != RSP_ARRAY)
+        rep.load |= rep.mine & 1ULL << shard;
 }
 
 static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
@@ -9994,8 +10014,9 @@ static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
     rep.is_loaded = true;
 }
 
-static const struct rds_op load_op = { "HGETALL", LIM_LOAD_FACTOR, 0, 0,
-    load_item, load_done };
+static const struct rds_op
+    load_op = { "HGETALL", LIM_LOAD_FACTOR, 0, 0, load_item, load_done },
+    notice_op = { "EVAL", 1, 0, 0, notice_item, notice_done };
 
 /* Read the records of the shards that are new here. */
 static void load_run(int64_t now)
@@ -10094,14 +10115,21 @@ MUST_USE static bool place_parse(sl s_raw, struct place *out)
         && sl_u64(sl_skip(s_raw, cut + 1), INT64_MAX, &out->seq);
 }
 
-/* A notice of a delegation, for whoever has its shard. One that was already
- * there when the shard's records were read is stale. */
+/* A notice of a delegation, for whoever has its shard: what stands in the
+ * hash now counts, since the notice of one that has ended may come late.
+ * One that was there when the shard's records were read is stale. */
 static void stream_job(sl field, sl value, struct place at, int64_t now)
 {
     uint8_t sum[32];
     sha256(field, sum);
     unsigned shard = sum[0] % LIM_SHARD_CNT;
-    if (rep.mine >> shard & 1 && place_is_after(at, rep.from[shard]))
+    if (!(rep.mine >> shard & 1) || !place_is_after(at, rep.from[shard]))
+        return;
+    if (rds_is_up(RDS_MAIN) && rds_has_room(RDS_MAIN, field.len + 512, 1))
+        rds_send(RDS_MAIN, &notice_op, (uint16_t)shard, (sl[]){ SL("EVAL"),
+            SL("return {ARGV[1],redis.call('HGET',KEYS[1],ARGV[1])}"),
+            SL("1"), sl_str(store_key), field }, 5, now);
+    else
         load_record(field, value, now);
 }
 
