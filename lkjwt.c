@@ -1459,6 +1459,11 @@ MUST_USE static int js_string(struct js *j, sl *out)
                 return -EV_JSON_SYNTAX;
             continue;
         }
+        if (c < 0x80) {                    /* most are */
+            j->p[at++] = (uint8_t)c;
+            j->pos++;
+            continue;
+        }
         uint32_t cp;
         size_t n = utf8_next((sl){ j->p + j->pos, j->len - j->pos }, &cp);
         if (n == 0)
@@ -9853,10 +9858,6 @@ static void load_job(const struct record *r, int64_t now)
     struct api *a;
     if (at > wall || wall / 1000 < LIM_BUILD_S)
         at = wall;
-    if (!has_full_access(p.server)) {
-        load_bad("server has no full access");
-        return;
-    }
     if ((old && (old->store == ST_NEW || old->storing == ST_NEW))
         || store_deletes(p.delay_id))
         return;
@@ -9915,8 +9916,9 @@ static void load_rename(sl raw_field, sl field, sl raw_value, int64_t now)
         raw_field }, 3, now);
 }
 
-/* Judge one field and value; both are changed. */
-static void load_record(sl raw_field, sl raw_value, int64_t now)
+/* Judge one field and value, and take the job over unless `look` says that
+ * this is all. False: they are of no use, which is told. */
+static bool load_record(sl raw_field, sl raw_value, bool look, int64_t now)
 {
     static uint8_t field[LIM_RECORD_LEN], value[LIM_RECORD_LEN];
     uint8_t own[8 * LIM_JOB_ID_LEN];
@@ -9925,22 +9927,25 @@ static void load_record(sl raw_field, sl raw_value, int64_t now)
     if (!raw_field.p || raw_field.len > LIM_RECORD_LEN || !raw_value.p
         || raw_value.len > LIM_RECORD_LEN) {
         load_bad("longer than 4 KB");
-        return;
+        return false;
     }
     memcpy(field, raw_field.p, raw_field.len);
     memcpy(value, raw_value.p, raw_value.len);
     const char *why = rec_parse(field, raw_field.len, value, raw_value.len,
         &r);
-    if (why) {
+    if (!why && !has_full_access(r.server))
+        why = "server has no full access";
+    if (why)
         load_bad(why);
-        return;
-    }
+    if (why || look)
+        return !why;
     rec_put_field(&b, r.alias, r.identity);
     bool canonical = sl_eq(raw_field, (sl){ b.p, b.len });
     if (!canonical)
         load_rename(raw_field, (sl){ b.p, b.len }, raw_value, now);
     if (canonical || store_mode == STORE_SINGLE)
         load_job(&r, now);
+    return true;
 }
 
 static uint8_t load_field[LIM_RECORD_LEN];
@@ -9967,7 +9972,7 @@ static void load_take(const struct rsp *e, const unsigned *path,
     }
     sha256(field, sum);
     if (shards >> sum[0] % LIM_SHARD_CNT & 1)
-        load_record(field, e->text, now);
+        (void)load_record(field, e->text, false, now);
 }
 
 static void load_item(const struct rsp *e, const unsigned *path,
@@ -10125,12 +10130,12 @@ static void stream_job(sl field, sl value, struct place at, int64_t now)
     unsigned shard = sum[0] % LIM_SHARD_CNT;
     if (!(rep.mine >> shard & 1) || !place_is_after(at, rep.from[shard]))
         return;
-    if (rds_is_up(RDS_MAIN) && rds_has_room(RDS_MAIN, field.len + 512, 1))
+    bool can_ask = rds_is_up(RDS_MAIN)
+        && rds_has_room(RDS_MAIN, field.len + 512, 1);
+    if (load_record(field, value, can_ask, now) && can_ask)
         rds_send(RDS_MAIN, &notice_op, (uint16_t)shard, (sl[]){ SL("EVAL"),
             SL("return {ARGV[1],redis.call('HGET',KEYS[1],ARGV[1])}"),
             SL("1"), sl_str(store_key), field }, 5, now);
-    else
-        load_record(field, value, now);
 }
 
 /* The entry of the stream that is being read: its first value. */
