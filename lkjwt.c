@@ -13603,7 +13603,7 @@ static bool jail_may_call(long nr)
     int status = 0;
     if (prctl(PR_GET_SECCOMP, 0, 0, 0, 0) != 2)
         return true;
-    long pid = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    long pid = syscall(SYS_clone, 0, 0, 0, 0, 0);    /* no SIGCHLD */
     if (pid == 0) {
         (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);    /* no core of it */
         if (nr == LL_CREATE)
@@ -13612,7 +13612,7 @@ static bool jail_may_call(long nr)
             (void)syscall(nr, 0, RLIMIT_NOFILE, NULL, lim);
         _exit(0);
     }
-    return pid > 0 && syscall(SYS_wait4, pid, &status, 0, NULL) == pid
+    return pid > 0 && syscall(SYS_wait4, pid, &status, 0x40000000, NULL) == pid
         && status == 0;
 }
 
@@ -13622,10 +13622,8 @@ static bool jail_nofile(bool by_prlimit, uint64_t *soft, uint64_t *hard)
     static const int16_t getrlimit_nr[JA_CNT + 1] = { 97, 163, 191, -1 };
     uint64_t now[2];
     unsigned long old[2];
-    if (by_prlimit) {
-        if (syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, now) < 0)
-            return false;
-    } else {
+    if (!by_prlimit
+        || syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, now) < 0) {
         if (syscall(getrlimit_nr[jail_here], RLIMIT_NOFILE, old) < 0)
             return false;
         now[0] = old[0];
@@ -13660,14 +13658,13 @@ static void jail_file(int ruleset, sl path, uint64_t more)
     for (int hops = 0; hops < 8; hops++) {
         ssize_t n = readlink(at, next, sizeof next - 1);
         char *slash = strrchr(at, '/');
-        if (!slash)
-            return;
-        *slash = 0;
-        jail_folder(ruleset, at, more);
+        if (slash)
+            *slash = 0;
+        jail_folder(ruleset, slash ? at : ".", more);
         if (n <= 0)
             return;
         next[n] = 0;
-        size_t len = next[0] == '/' ? 0 : strlen(at) + 1;
+        size_t len = next[0] == '/' || !slash ? 0 : strlen(at) + 1;
         if (len + (size_t)n >= sizeof at)
             return;
         if (len)
