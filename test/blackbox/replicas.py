@@ -17,7 +17,7 @@ from leave import DELEGATE, GET_PARTICIPANT, HOUR, WEBHOOK, ClientApi, LeaveSfu,
 from outbound import by_token, token_for
 from peers import SCRATCH, Homeserver, Process, Reply, accepts, which
 from service import Closed, Service, base_env, free_port
-from store import JOBS, LEASE, REPLICAS, STREAM, RedisServer
+from store import JOBS, LEASE, REPLICAS
 
 BUDGET = 30         # seconds from a departure to the event sent (issue), and LiveKit's patience with a webhook
 TAKEOVER = 15       # a shard has a new owner: 5 s on an idle machine
@@ -504,11 +504,11 @@ class Person:
         return self
 
 
-def connected(cluster, count, **kw):
+def connected(cluster, count, at=None, **kw):
     """So many people, all connected, spread over the replicas."""
     people = cluster.people(count, **kw)
     for p in people:
-        p.join().delegate()
+        p.join().delegate(at)
     for p in people:
         p.settled()
     return people

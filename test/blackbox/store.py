@@ -418,9 +418,11 @@ class StoreWorld(World):
     def extra(job, text):
         """The further members of this record, in their one order and with their one type."""
         params = json.loads(text)["Params"]
-        out = {k: params[k] for k in ("LiveKitIdentity2", "Connected", "Sid") if k in params}
+        out = {k: params[k] for k in ("LiveKitIdentity2", "Connected", "Sid", "DelegatedAt") if k in params}
         assert out.get("LiveKitIdentity2", job.legacy) == job.legacy and out.get("Connected", True) is True, text
         assert isinstance(out.get("Sid", "x"), str) and out.get("Sid", "x"), text
+        if "DelegatedAt" in out:        # left out while it is the same
+            assert moment(out["DelegatedAt"]) < moment(json.loads(text)["RestartedAt"]), text
         return out
 
     def stored(self, job, **members):

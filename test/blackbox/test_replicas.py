@@ -499,7 +499,7 @@ def one_replica_alone(c):
     for r in c.replicas[:2]:
         r.term()
     until("alone", lambda: (last.metric("lkjwt_replicas"), last.metric("lkjwt_shards")) == (1, SHARDS), LONG)
-    go, stay = connected(c, 3), connected(c, 3)
+    go, stay = connected(c, 3, last), connected(c, 3, last)
     c.store.stop()
     for p in go:
         assert post_webhook(last.svc, p.leave(hook=False)).status == 200
@@ -549,7 +549,8 @@ class Crowd:
             time.sleep(max(0, begun + at - time.monotonic()))
             way = rng.choice(("delegate", "get_token", "sfu_get"))
             p = c.person(way=way, legacy=way == "delegate" and rng.random() < 0.3, room=rng.choice(rooms))
-            t = threading.Thread(target=self.guarded, args=(self.live, random.Random(rng.random()), p, n in stay), daemon=True)
+            t = threading.Thread(target=self.guarded, daemon=True,
+                                 args=(self.live, random.Random(rng.random()), p, n in stay))
             t.start()
             lives.append((t, p))
         for t, p in lives:

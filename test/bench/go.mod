@@ -1,0 +1,3 @@
+module lkjwt/bench
+
+go 1.19
