@@ -17,6 +17,9 @@
 #include "unit_tls.h"
 #include "unit_net.h"
 #include "unit_machines.h"
+#include "unit_jobs.h"
+#include "unit_jail.h"
+#include "unit_store.h"
 
 static const struct { const char *name; void (*run)(void); } group_tab[] = {
     { "bytes", test_bytes }, { "base64", test_base64 },
@@ -37,7 +40,12 @@ static const struct { const char *name; void (*run)(void); } group_tab[] = {
     { "judge", test_judge }, { "sessions", test_sessions },
     { "resolver", test_resolver }, { "upstream", test_upstream },
     { "discovery", test_discovery }, { "server", test_server },
-    { "exchange", test_exchange }, { "loop", test_loop },
+    { "exchange", test_exchange }, { "jobs", test_jobs },
+    { "resp", test_resp }, { "times", test_times },
+    { "records", test_records }, { "redis-url", test_redis_url },
+    { "redis", test_redis },
+    { "jail", test_jail },
+    { "loop", test_loop },
     { "faults", test_faults },
 };
 

@@ -999,6 +999,14 @@ static void store_run_command(struct store_conn *c, struct sock *s,
         store_tick(b, w + 5);
     } else if (strcmp(name, "EVAL") == 0 && strcmp(w[2], "3") == 0) {
         store_guarded(b, w);
+    } else if (strcmp(name, "EVAL") == 0 && strcmp(w[2], "1") == 0) {
+        int i = store_rec(w[4]);         /* a field and what stands there */
+        bb_str(b, "*2\r\n");
+        store_bulk(b, w[4]);
+        if (i < 0)
+            bb_str(b, "$-1\r\n");
+        else
+            store_bulk(b, rd.rec[i].value);
     } else {
         store_wrong("unknown command", name);
         bb_str(b, "-ERR unknown command\r\n");
@@ -1015,7 +1023,7 @@ static void store_command(struct sock *s, const char *const *w, unsigned n)
     snprintf(rd.trace + used, sizeof rd.trace - used, "%s%s", used ? " " : "",
         w[0]);
     const char *label = strcmp(w[0], "EVAL") ? w[0]
-        : strcmp(w[2], "3") ? "TICK" : "STORE";
+        : w[2][0] == '3' ? "STORE" : w[2][0] == '2' ? "TICK" : "NOTICE";
     for (size_t i = 0; i < COUNT_OF(rd.instead); i++) {
         size_t len = rd.instead[i] ? strcspn(rd.instead[i], " ") : 0;
         if (!len || strlen(label) != len || memcmp(rd.instead[i], label, len))
@@ -1736,6 +1744,8 @@ static void redis_memory_rows(void)
         store_start();
         leave_until(1000);
         if (late)                        /* this one comes after it */
+            store_hset(store_field(), store_value("later", 100000, 0, ""));
+        if (late)
             store_xadd((const char *const[]){ "job", store_field(), "record",
                 store_value("later", 100000, 0, "") }, NULL);
         leave_until(3000);
