@@ -191,14 +191,14 @@ warn-analyzer: $(SRC) build/inc.ok
 
 PYTHON = .deps/venv/bin/python
 PYTEST = test/netns $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=300
-SUITES = audit unit blackbox realworld
+SUITES = audit unit fuzz-replay blackbox realworld
 
 .PHONY: test test-all audit unit blackbox realworld fresh image demo bench \
 	clean help
 test test-all:
 	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
 	    { echo "0 passed, 1 failed"; exit 1; }
-	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),image fresh)
+	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz image fresh)
 
 audit: lkjwt
 	@python3 test/audit.py
@@ -215,6 +215,40 @@ build/unit-%: test/unit.c $(wildcard test/unit/* test/unit_*.h) $(SRC) build/ca.
 	@echo "  CC      $@"
 	@$(firstword $(subst -, ,$*)) -O1 $(if $(findstring -sanitized,$*),$(SANITIZE)) \
 	    $(UNIT_CC) $< build/host/libbearssl.a -o $@
+
+# ---- fuzzing: corpora in test/fuzz/, what is found in build/fuzz-found/ -----
+
+# `fuzz-replay` reads each seed once (seconds); `fuzz` searches,
+# FUZZ_S seconds a target: make fuzz FUZZ_S=600 FUZZ_TARGETS='session der'
+FUZZ_S       = 30
+FUZZ_TARGETS = request reply chunk json jwt dns resp der chain text \
+	record protobuf session
+FUZZ_SRC = test/fuzz.c test/fuzz/session.h test/unit_world.h $(SRC) \
+	build/ca.bin build/host/libbearssl.a
+FUZZ_RUN = -max_total_time=$(FUZZ_S) -max_len=4096 -timeout=10 \
+	-rss_limit_mb=2048 -print_final_stats=1
+
+.PHONY: fuzz fuzz-replay
+build/fuzz-gcc build/fuzz-clang: build/fuzz-%: $(FUZZ_SRC)
+	@echo "  CC      $@"
+	@$* -O1 $(SANITIZE) $(UNIT_CC) -DFUZZ_REPLAY $< build/host/libbearssl.a -o $@
+build/fuzz: $(FUZZ_SRC)
+	@echo "  CC      $@"
+	@clang -O1 $(SANITIZE) -fsanitize=fuzzer $(UNIT_CC) $< \
+	    build/host/libbearssl.a -o $@
+fuzz-replay: build/fuzz-gcc build/fuzz-clang
+	@fail=0; for v in gcc clang; do echo "-- seeds, $$v"; \
+	    build/fuzz-$$v || fail=1; done; exit $$fail
+
+fuzz: build/fuzz build/fuzz-clang
+	@mkdir -p build/fuzz-found; ok=0; bad=0; for t in $(FUZZ_TARGETS); do \
+	    mkdir -p build/corpus/$$t; found=build/fuzz-found/$$t; \
+	    build/fuzz-clang unpack $$t build/corpus/$$t && \
+	    FUZZ_TARGET=$$t build/fuzz $(FUZZ_RUN) -artifact_prefix=$$found- \
+	    build/corpus/$$t >$$found.log 2>&1 && ok=$$((ok + 1)) || { \
+	    bad=$$((bad + 1)); tail -n 40 $$found.log; }; \
+	    echo "$$t: $$(sed -n 's/.*executed_units: //p' $$found.log) runs"; \
+	done; echo "$$ok passed, $$bad failed"; test $$bad = 0
 
 blackbox realworld: lkjwt
 	@$(PYTEST) test/$@
@@ -251,6 +285,8 @@ help:
 	@echo "make test-all   these, the image, and all of it on a fresh Debian"
 	@echo "make audit      the invariants a reader may rely on"
 	@echo "make unit, blackbox, realworld, image, fresh   one of them"
+	@echo "make fuzz       searches FUZZ_S seconds a target; fuzz-replay:"
+	@echo "                the seeds once"
 	@echo "make bench      CPU, latency, memory beside nginx; BENCH_PEER=,"
 	@echo "                BENCH_S=, BENCH_RUNS=, BENCH_ONLY="
 	@echo "make warn       lkjwt.c by gcc, clang and the analyzer of gcc"

@@ -3885,7 +3885,8 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
         uint32_t ns;
         if (!rfc3339_parse(v.delegated, &sec, &ns))
             return "DelegatedAt";
-        r->delegated_ms = sec * 1000 + ns / 1000000;
+        if (sec > 0)                     /* else as if it were not there */
+            r->delegated_ms = sec * 1000 + ns / 1000000;
     }
     r->delay_id = v.delay_id;
     r->server = v.server;

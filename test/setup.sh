@@ -4,6 +4,7 @@
 #   test/setup.sh demo    and what the demonstration runs
 #   test/setup.sh image   or what builds and tries the image
 #   test/setup.sh test    and every peer the suites talk to
+#   test/setup.sh bench   or what the benchmark runs
 # Quick when all is there. Debian's packages by suite; BearSSL by SHA-256;
 # PyPI, npm and Go by version. Runs on a minimal Debian: sh, apt, no more.
 # shellcheck disable=SC2016,SC2086  # formats of apt; lists that are to split
