@@ -3835,8 +3835,11 @@ static void rec_put(struct bb *b, const struct record *r)
 MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
     uint8_t *value_raw, size_t value_len, struct record *r)
 {
-    struct raw { sl delay_id, server, alias, identity, identity2, sid, at,
-        delegated; struct js_int timeout; bool connected; } v = { .connected = false };
+    struct raw {
+        sl delay_id, server, alias, identity, identity2, sid, at, delegated;
+        struct js_int timeout;
+        bool connected;
+    } v = { .connected = false };
 #define AT(member) offsetof(struct raw, member)
     static const struct js_field param_field[] = {
         { "DelayId", JS_STRING, AT(delay_id), NULL },
