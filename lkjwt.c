@@ -8181,6 +8181,26 @@ static enum step rds_step(size_t idx, int revents, int64_t now)
  * Q9  sent, refused, budget spent    -              -             ended
  * Q3 looks first: once for most reasons, for 20 s where the participant
  * may be back (job_left). Q4, Q5 and Q9 are timed by job_clock.
+ *
+ * With Redis (DESIGN section 6):
+ * - A job waits in store_ring until Redis has been told of it (store_op);
+ *   J_OVER keeps the slot of one that has ended until its record is gone.
+ * - INV-Q4  Nothing is sent without the shard's lease, read again, and a
+ *   last look-up (CK_SEND); or in an outage of 5 s, without the lease.
+ * - INV-Q5  A record is changed only while its DelayId is the job's own.
+ * - A record that was connected resumes in J_CONNECTED, is_unverified: it
+ *   is restarted at once, and row Q8 is watched without waiting for Q5.
+ *
+ * row replica                 does
+ * P1  every 1.3 s             rep_tick: renews, gives, takes leases
+ * P2  lease taken             load_run: reads the records of the shard
+ * P3  lease given or lost     rep_drop: its jobs end here, unsaved ones are
+ *                             written first
+ * P4  event in the stream     stream_webhook, stream_job: acts on own jobs
+ * P5  lease gone before its   rep_changed: all is written again and
+ *     time, another run_id    doubted
+ * P6  no lease for 5 s        rep_away: acts from memory
+ * P7  SIGTERM                 job_stop, then gives all leases away
  */
 
 enum job_state { J_FREE, J_WAITING, J_CONNECTED, J_LEAVING,
