@@ -76,10 +76,19 @@ def metrics_bind():
     return f"127.0.0.1:{free_port()}"
 
 
+@functools.cache
+def public_bin():
+    """The binary where every user can run it: the checkout may lie in a home that is closed to others."""
+    path = tempfile.mkdtemp(prefix="lkjwt-jail-bin-")
+    atexit.register(shutil.rmtree, path)
+    os.chmod(path, 0o755)
+    return shutil.copy(BIN, path)
+
+
 def jailed(rig, preexec_fn=None, argv=None, cwd=None, **env):
     """A service as root starts it."""
     env = {"LKJWT_UID": None, "LKJWT_METRICS_BIND": metrics_bind(), "LKJWT_CA_FILE": public_ca(rig.pki), **env}
-    return Service(rig.env(**env), preexec_fn=preexec_fn, argv=argv, cwd=cwd)
+    return Service(rig.env(**env), preexec_fn=preexec_fn, argv=argv or [public_bin()], cwd=cwd)
 
 
 def check_layers(svc, *missing):
