@@ -1731,23 +1731,18 @@ MUST_USE static bool js_pair(uint8_t *text_raw, size_t len, sl *a, sl *b)
     j.p = text_raw;
     j.len = len;
     j.pos = 0;
+    for (int i = 0; i < 2; i++) {
+        js_blank(&j);
+        if (!js_take(&j, i ? ',' : '['))
+            return false;
+        js_blank(&j);
+        if (js_string(&j, i ? b : a))
+            return false;
+    }
     js_blank(&j);
-    if (!js_take(&j, '['))
-        return false;
+    bool closed = js_take(&j, ']');
     js_blank(&j);
-    if (js_string(&j, a))
-        return false;
-    js_blank(&j);
-    if (!js_take(&j, ','))
-        return false;
-    js_blank(&j);
-    if (js_string(&j, b))
-        return false;
-    js_blank(&j);
-    if (!js_take(&j, ']'))
-        return false;
-    js_blank(&j);
-    return j.pos == j.len;
+    return closed && j.pos == j.len;
 }
 
 static void js_put_u(struct bb *b, uint32_t unit)
@@ -3770,6 +3765,11 @@ static void bb_moment(struct bb *b, int64_t sec, uint32_t ns)
         bb_byte(b, (uint8_t)('0' + ns / div));
 }
 
+static void bb_moment_ms(struct bb *b, int64_t wall_ms)
+{
+    bb_moment(b, wall_ms / 1000, (uint32_t)(wall_ms % 1000) * 1000000);
+}
+
 /* A delegated leave as it is stored (PROTOCOL section 12): field and value
  * of the hash lk-jwt:jobs. The last three are ours: readers that do not
  * know them pass over them. */
@@ -3819,8 +3819,7 @@ static void rec_put(struct bb *b, const struct record *r)
     if (r->delegated_ms && r->delegated_ms != r->restarted_s * 1000
         + r->restarted_ns / 1000000) {
         bb_str(b, ",\"DelegatedAt\":\"");
-        bb_moment(b, r->delegated_ms / 1000,
-            (uint32_t)(r->delegated_ms % 1000) * 1000000);
+        bb_moment_ms(b, r->delegated_ms);
         bb_str(b, "Z\"");
     }
     bb_str(b, "},\"RestartedAt\":\"");
@@ -7827,32 +7826,25 @@ static void rds_set_end(struct rds *r, int64_t now)
         r->end = now + cfg.redis.read_ms * op->factor + op->extra_ms;
 }
 
-/* A command is written in b, which rds_out gave: send it, await its reply. */
-static void rds_commit(size_t which, const struct bb *b,
-    const struct rds_op *op, uint16_t idx, int64_t now)
+/* Send a command, await its reply; room was asked for. */
+static void rds_send(size_t which, const struct rds_op *op, uint16_t idx,
+    const sl *word, size_t cnt, int64_t now)
 {
     struct rds *r = &rds_pool[which];
-    must(!b->over && r->cnt < LIM_REDIS_OPS);
+    struct bb b = rds_out(r);
+    rsp_put_head(&b, cnt);
+    for (size_t i = 0; i < cnt; i++)
+        rsp_put(&b, word[i]);
+    must(!b.over && r->cnt < LIM_REDIS_OPS);
     if (r->out_off == r->out_len)
         r->write_end = now + cfg.redis.write_ms;
-    r->out_len = b->len;
+    r->out_len = b.len;
     size_t at = (r->head + r->cnt++) % LIM_REDIS_OPS;
     r->pending[at].op = op;
     r->pending[at].idx = idx;
     if (r->cnt == 1)
         rds_set_end(r, now);
     loop_wake(KIND_REDIS, which);
-}
-
-/* Send a command of short words; room was asked for. */
-static void rds_send(size_t which, const struct rds_op *op, uint16_t idx,
-    const sl *word, size_t cnt, int64_t now)
-{
-    struct bb b = rds_out(&rds_pool[which]);
-    rsp_put_head(&b, cnt);
-    for (size_t i = 0; i < cnt; i++)
-        rsp_put(&b, word[i]);
-    rds_commit(which, &b, op, idx, now);
 }
 
 /* The first word of an error, if it is one of Redis' own. */
@@ -8127,6 +8119,7 @@ MUST_USE static bool rds_read(struct rds *r, int64_t now)
 static enum step rds_step(size_t idx, int revents, int64_t now)
 {
     struct rds *r = &rds_pool[idx];
+    const char *fault = NULL;
     (void)revents;
     switch (r->state) {
     case RD_OFF:
@@ -8142,19 +8135,19 @@ static enum step rds_step(size_t idx, int revents, int64_t now)
     case RD_HELLO:
     case RD_UP:
         if (!rds_flush(r, now) || !rds_read(r, now))
-            rds_fail(r, EV_REDIS_DOWN, r->state == RD_UP ? "reply" : "hello",
-                "connection closed", now);
+            fault = "connection closed";
         else if (r->fault)
-            rds_fail(r, r->is_garbled ? EV_REDIS_PROTO : EV_REDIS_DOWN,
-                r->state == RD_UP ? "reply" : "hello", r->fault, now);
+            fault = r->fault;
         else if ((r->cnt && now >= r->end)
                  || (r->out_off < r->out_len && now >= r->write_end))
-            rds_fail(r, EV_REDIS_DOWN, r->state == RD_UP ? "reply" : "hello",
-                "no answer in time", now);
+            fault = "no answer in time";
         else if (!rds_flush(r, now))
-            rds_fail(r, EV_REDIS_DOWN, "reply", "connection closed", now);
+            fault = "connection closed";
         break;
     }
+    if (fault)
+        rds_fail(r, r->is_garbled ? EV_REDIS_PROTO : EV_REDIS_DOWN,
+            r->state == RD_UP ? "reply" : "hello", fault, now);
     rds_watch(r);
     return STEP_WAIT;
 }
@@ -8304,6 +8297,14 @@ static struct rep {
     int64_t good_at;                 /* last renewal was sent, or we woke */
     struct place from[LIM_SHARD_CNT], last, now;   /* last: read up to */
 } rep = { .release = -1, .cnt = 1 };
+
+/* The shard of a job's field (DESIGN section 6). */
+static unsigned shard_of(sl field)
+{
+    uint8_t sum[32];
+    sha256(field, sum);
+    return sum[0] % LIM_SHARD_CNT;
+}
 
 /* Redis has confirmed no lease for so long that all are void: every replica
  * then acts from memory (restarts and repeated sends do no harm). A sleep
@@ -9394,15 +9395,18 @@ static enum step job_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
+static bool job_has_key(const struct job *j, sl alias, sl identity)
+{
+    return sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
+        && sl_eq(identity, (sl){ j->id[0], j->id_len[0] });
+}
+
 /* The job of a key, or NULL. */
 static struct job *job_find(sl alias, sl identity)
 {
-    for (uint16_t at = *job_chain(alias); at; at = job_pool[at - 1].next) {
-        struct job *j = &job_pool[at - 1];
-        if (sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
-            && sl_eq(identity, (sl){ j->id[0], j->id_len[0] }))
-            return j;
-    }
+    for (uint16_t at = *job_chain(alias); at; at = job_pool[at - 1].next)
+        if (job_has_key(&job_pool[at - 1], alias, identity))
+            return &job_pool[at - 1];
     return NULL;
 }
 
@@ -9453,7 +9457,7 @@ static struct job *job_slot(void)
 static struct job *job_fill(const struct job_params *p, struct api *a)
 {
     struct job *j = job_slot();
-    uint8_t field[8 * LIM_JOB_ID_LEN], sum[32];
+    uint8_t field[8 * LIM_JOB_ID_LEN];
     struct bb b = BB(field);
     if (!j)
         return NULL;
@@ -9466,8 +9470,7 @@ static struct job *job_fill(const struct job_params *p, struct api *a)
     job_copy(j->id[1], &j->id_len[1], p->identity[1]);
     job_copy(j->delay_id, &j->delay_len, p->delay_id);
     rec_put_field(&b, p->alias, p->identity[0]);
-    sha256((sl){ b.p, b.len }, sum);
-    j->shard = sum[0] % LIM_SHARD_CNT;
+    j->shard = (uint8_t)shard_of((sl){ b.p, b.len });
     size_t i = job_idx(j);
     job_top = i >= job_top ? i + 1 : job_top;
     return j;
@@ -9509,9 +9512,7 @@ static void store_forget(sl alias, sl identity)
 {
     for (size_t i = 0; met.gauge[GA_UNSAVED] && i < job_top; i++) {
         struct job *j = &job_pool[i];
-        if (j->state != J_OVER
-            || !sl_eq(alias, (sl){ j->alias, HASH_NAME_LEN })
-            || !sl_eq(identity, (sl){ j->id[0], j->id_len[0] }))
+        if (j->state != J_OVER || !job_has_key(j, alias, identity))
             continue;
         j->is_forgotten = true;
         store_cancel(j);
@@ -9736,7 +9737,7 @@ static void store_send(struct job *j, int64_t now)
         (sl){ j->id[0], j->id_len[0] });
     if (op != ST_DEL)
         job_put_record(j, &v);
-    bb_moment(&at, wall / 1000, (uint32_t)(wall % 1000) * 1000000);
+    bb_moment_ms(&at, wall);
     sl key = sl_str(store_key), field = { f.p, f.len };
     sl value = { v.p, v.len }, max = text_u64(len, LIM_STREAM_LEN);
     must(!f.over && !v.over);
@@ -9979,7 +9980,6 @@ static size_t load_field_len;        /* more than fits: too long */
 static void load_take(const struct rsp *e, const unsigned *path,
     unsigned depth, uint64_t shards, int64_t now)
 {
-    uint8_t sum[32];
     if (depth != 1 || e->type != RSP_BULK)
         return;
     if (path[0] % 2 == 0) {
@@ -9994,8 +9994,7 @@ static void load_take(const struct rsp *e, const unsigned *path,
         load_bad("longer than 4 KB");
         return;
     }
-    sha256(field, sum);
-    if (shards >> sum[0] % LIM_SHARD_CNT & 1)
+    if (shards >> shard_of(field) & 1)
         (void)load_record(field, e->text, false, now);
 }
 
@@ -10149,9 +10148,7 @@ MUST_USE static bool place_parse(sl s_raw, struct place *out)
  * One that was there when the shard's records were read is stale. */
 static void stream_job(sl field, sl value, struct place at, int64_t now)
 {
-    uint8_t sum[32];
-    sha256(field, sum);
-    unsigned shard = sum[0] % LIM_SHARD_CNT;
+    unsigned shard = shard_of(field);
     if (!(rep.mine >> shard & 1) || !place_is_after(at, rep.from[shard]))
         return;
     bool can_ask = rds_is_up(RDS_MAIN)
