@@ -1423,34 +1423,41 @@ static struct sock *leave_post_job(const char *timeout)
     return exchange_post("/delegate_delayed_leave", body);
 }
 
+/* The token of a webhook's body, signed as LiveKit does. */
+static const char *hook_token(const char *body, const char *secret)
+{
+    static char token[700];
+    char claims[200], hash[45] = { 0 };
+    uint8_t sum[32];
+    br_hmac_key_context key;
+    struct bb t = { (uint8_t *)token, 0, sizeof token - 1, false };
+    struct bb text = { (uint8_t *)hash, 0, 44, false };
+    sha256(sl_str(body), sum);
+    b64_put(&text, b64_std, (sl){ sum, 32 });
+    bb_byte(&text, '=');
+    int n = snprintf(claims, sizeof claims, "{\"iss\":\"devkey\","
+        "\"sha256\":\"%.44s\"}", hash);
+    key_of(sl_str(secret), &key);
+    jwt_sign(&t, &key, (sl){ (uint8_t *)claims, (size_t)n });
+    token[t.len] = 0;
+    return token;
+}
+
 /* Send a webhook to the listener, signed. */
 static struct sock *leave_post_hook(const char *event, const char *more,
     const char *secret)
 {
     static unsigned number;
-    char body[600], claims[200], hash[45] = { 0 }, head[900];
-    uint8_t sum[32];
-    static uint8_t token[600];
-    br_sha256_context h;
-    br_hmac_key_context key;
-    struct bb t = BB(token), text = { (uint8_t *)hash, 0, 44, false };
-    int n = snprintf(body, sizeof body, "{\"event\":\"%s\",\"room\":"
+    char body[600], head[1000];
+    snprintf(body, sizeof body, "{\"event\":\"%s\",\"room\":"
         "{\"name\":\"%s\"},\"participant\":{\"identity\":\"@u:a.org:D\","
         "\"sid\":\"S1\"%s},\"id\":\"EV_%u\"}", event, lv.room, more,
         number++);
-    br_sha256_init(&h);
-    br_sha256_update(&h, body, (size_t)n);
-    br_sha256_out(&h, sum);
-    b64_put(&text, b64_std, (sl){ sum, 32 });
-    bb_byte(&text, '=');
-    n = snprintf(claims, sizeof claims, "{\"iss\":\"devkey\",\"sha256\":"
-        "\"%.44s\"}", hash);
-    key_of(sl_str(secret), &key);
-    jwt_sign(&t, &key, (sl){ (uint8_t *)claims, (size_t)n });
     struct sock *s = client_new(false);
     snprintf(head, sizeof head, "POST /sfu_webhook HTTP/1.1\r\nHost: x\r\n"
-        "Authorization: %.*s\r\nContent-Type: application/webhook+json\r\n"
-        "Content-Length: %zu\r\n\r\n", (int)t.len, token, strlen(body));
+        "Authorization: %s\r\nContent-Type: application/webhook+json\r\n"
+        "Content-Length: %zu\r\n\r\n", hook_token(body, secret),
+        strlen(body));
     sock_say(s, head);
     sock_say(s, body);
     return s;

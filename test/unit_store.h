@@ -1937,28 +1937,14 @@ static void store_done(const char *name)
 /* What a webhook's token and body are, as they stand in the stream. */
 static void store_stream_hook(const char *event, const char *secret)
 {
-    char body[600], claims[200], hash[45] = { 0 }, token[800];
-    uint8_t sum[32];
+    char body[600];
     static unsigned number;
-    br_sha256_context h;
-    br_hmac_key_context key;
-    static uint8_t mem[700];
-    struct bb t = BB(mem), text = { (uint8_t *)hash, 0, 44, false };
-    int n = snprintf(body, sizeof body, "{\"event\":\"%s\",\"room\":"
+    snprintf(body, sizeof body, "{\"event\":\"%s\",\"room\":"
         "{\"name\":\"%s\"},\"participant\":{\"identity\":\"I1\",\"sid\":"
         "\"S1\",\"disconnectReason\":1},\"id\":\"S_%u\"}", event, leave_room,
         number++);
-    br_sha256_init(&h);
-    br_sha256_update(&h, body, (size_t)n);
-    br_sha256_out(&h, sum);
-    b64_put(&text, b64_std, (sl){ sum, 32 });
-    bb_byte(&text, '=');
-    n = snprintf(claims, sizeof claims, "{\"iss\":\"devkey\",\"sha256\":"
-        "\"%.44s\"}", hash);
-    key_of(sl_str(secret), &key);
-    jwt_sign(&t, &key, (sl){ (uint8_t *)claims, (size_t)n });
-    snprintf(token, sizeof token, "%.*s", (int)t.len, mem);
-    store_xadd((const char *const[]){ "token", token, "body", body }, NULL);
+    store_xadd((const char *const[]){ "token", hook_token(body, secret),
+        "body", body }, NULL);
 }
 
 /* Until the client is answered; a clock that stands still ends it. */

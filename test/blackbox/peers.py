@@ -48,6 +48,15 @@ def wait_for(what, ask, timeout=HANG):
         time.sleep(0.01)
 
 
+def inner_pid(s):
+    """The process that a service's wrapper (bubblewrap, unshare) started."""
+    def child():
+        with open(f"/proc/{s.pid}/task/{s.pid}/children") as f:
+            kids = f.read().split()
+        return int(kids[0]) if kids else None
+    return wait_for("the boxed process", child)
+
+
 def add_addr(*addrs):
     """Put addresses on lo (the suites run in a network namespace of their own); again is no error."""
     for addr in addrs:

@@ -23,7 +23,7 @@ import pytest
 from exchange import check_granted
 from leave import Log
 from outbound import PUB, Exchange, by_token, outbound_env, pub
-from peers import SCRATCH, Dns, Homeserver, Pki, wait_for, which
+from peers import SCRATCH, Dns, Homeserver, Pki, inner_pid, wait_for, which
 from service import BIN, Service, free_port
 from store import RedisServer, StoreWorld
 from test_environment import fatal
@@ -812,14 +812,6 @@ def boxed(rig, uid, *more, **env):
             "--unshare-pid", "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--ro-bind", BIN, "/lkjwt", *more, "--remount-ro", "/",
             "--die-with-parent", "/lkjwt"]
     return jailed(rig, argv=argv, PATH=os.environ["PATH"], **env)
-
-
-def inner_pid(s):
-    def child():
-        with open(f"/proc/{s.pid}/task/{s.pid}/children") as f:
-            kids = f.read().split()
-        return int(kids[0]) if kids else None
-    return wait_for("the boxed process", child)
 
 
 @pytest.mark.parametrize("uid", [1, 1000, 65534, 1_234_567_890])

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from exchange import UNAUTHORIZED, check_error, check_granted, make_body
-from peers import Homeserver, Pki, Reply, wait_for
+from peers import Homeserver, Pki, Reply, inner_pid, wait_for
 from service import BIN, CANARY_TOKEN, DEADLINE, Service, Wire, base_env, dial, free_port, parse_line
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -528,14 +528,6 @@ def boxed(env):
 def boxed_probe(env):
     """The image's health check, in a root as empty; the network is the container's."""
     return subprocess.run(box("/lk-jwt-service-healthcheck"), env={**env, "PATH": "/usr/bin:/bin"}, timeout=10).returncode
-
-
-def inner_pid(s):
-    def child():
-        with open(f"/proc/{s.pid}/task/{s.pid}/children") as f:
-            kids = f.read().split()
-        return int(kids[0]) if kids else None
-    return wait_for("the boxed process", child)
 
 
 def test_empty_read_only_root_without_rights(rig):
