@@ -62,56 +62,94 @@
  *   jwt_put_join       what a join token allows                    (11)
  *   jwt_check_webhook  that a webhook is the SFU's                 (11)
  *
- * Security claims that hold here, and what shows them (test/):
- *   S1-S3   no connection to a denied address, on any hop; the sockaddr
- *           judged is the one connected; embedded IPv4 is unwrapped
- *           io_connect, net_allowed           blackbox/test_ssrf.py
- *   S4      userinfo and SFU calls follow no redirect
- *           lookup_step_call                  blackbox/test_upstream.py
- *   S5      no token unless the server asked named its own user
- *           user_check, exchange_verified     blackbox/test_upstream.py
- *   S6      a webhook acts only if signature, issuer, times and body
- *           hash hold: srv_webhook            blackbox/test_webhook.py
- *   S7      no token given to a client passes as a webhook token
- *           jwt_check_webhook                 blackbox/test_webhook.py
- *   S8      input changes an outbound path by one encoded segment
- *           bb_percent, delay_id_check        unit.c, test_leave.py
- *   S9      no secret or token in a log, metric or error
- *           cfg_wipe                          blackbox/test_zz_canary.py
- *   S10     one event is one line without raw control bytes
- *           log_put_value                     blackbox/test_operations.py
- *   S11     bytes have one framing            blackbox/test_framing.py
- *   S12     no input enters a header outside its alphabet
- *           conn_request_id                   blackbox/test_operations.py
- *   S13     no heap; a full pool refuses      audit, test_limits.py
- *   S14     no peer holds a slot beyond its phase's deadline
- *           the machines' tables              blackbox/test_framing.py
- *   S15     /healthz answers with all slots taken
- *           conn_slot                         blackbox/test_limits.py
- *   S16     a chain costs five signature checks, 8 certificates, 32 KB
- *           hs_start_cert, tls_*_vrfy         blackbox/test_tls.py
- *   S17     a user's jobs are capped; restarts are 0.8 s apart
- *           job_refuses, job_done             blackbox/test_leave.py
- *   S18     overflow is an error: bb_put, js_int_from, sl_u64    unit.c
- *   S19     no stored job acts that a client could not create now
- *           rec_parse, load_job               blackbox/test_redis.py
- *   S20     DNS answers match id and question; none loops
- *           dns_parse                         blackbox/test_dns.py
- *   S21     a certificate needs SAN, server use, an unconstrained path
- *           hs_judge                          blackbox/test_tls.py
- *   S22     a session never outlives its verification
- *           chan_tls_up, ca_reload            blackbox/test_tls.py
- *   S24     all lookup failures reply alike: exchange_fail
- *                                             blackbox/test_upstream.py
- *   S25     no input ends the process: must() on our own state only
- *   S27     losing Redis or a replica loses no job and sends no leave for
- *           a connected participant: job_may_act, job_leave
- *                                             blackbox/test_replicas.py
- *   S26     after start only CA files, resolv.conf, hosts are opened,
- *           read-only; no program runs: jail_enter  blackbox/test_jail.py
- *   S28     SIGTERM exits 0 within the drain time, sends no leave
- *                                             blackbox/test_operations.py
- *   S30     every TLS context is seeded by getrandom: chan_start_tls
+ * Security claims (SECURITY section 10), where each is kept, a test of it:
+ *   S1   no connection to an address that SECURITY 3 denies, on any hop
+ *        io_connect, net_allowed
+ *        test_s01_no_connection_to_a_denied_address_on_any_hop
+ *   S2   the sockaddr judged is the one connected
+ *        io_connect
+ *        test_s02_rebinding_gains_nothing
+ *   S3   IPv4 embedded in IPv6 is judged as that IPv4
+ *        ip_range
+ *        test_s03_embedded_ipv4_is_judged_as_that_ipv4
+ *   S4   userinfo and SFU calls follow no redirect
+ *        lookup_step_call
+ *        test_s04_no_redirect_is_followed
+ *   S5   no token unless the server asked named its own user
+ *        user_check, exchange_verified
+ *        test_s05_sub_must_be_of_the_server_asked
+ *   S6   a webhook acts only if signature, issuer, times, hash hold
+ *        srv_webhook
+ *        test_s06_bad_token
+ *   S7   no token given to a client passes as a webhook's
+ *        jwt_check_webhook
+ *        test_s07_tokens_of_ours_do_not_pass
+ *   S8   input changes an outbound path by one encoded segment
+ *        bb_percent, delay_id_check
+ *        test_s08_hostile_delay_id
+ *   S9   no secret or token in a log, metric or error
+ *        cfg_wipe
+ *        test_s09_no_secret_anywhere
+ *   S10  one event is one line without raw control bytes
+ *        log_put_value
+ *        test_s10_one_event_one_line
+ *   S11  bytes have one framing
+ *        h1_framing
+ *        test_s11_requests_in_are_requests_out
+ *   S12  no input enters a header outside its alphabet
+ *        conn_request_id
+ *        test_s12_request_id_is_made
+ *   S13  no heap; a full pool refuses
+ *        LIM_MEM_LEN
+ *        test_s13_memory_stays
+ *   S14  no peer holds a slot beyond its phase's deadline
+ *        test_s14_deadlines
+ *   S15  /healthz answers with all slots taken
+ *        conn_slot
+ *        test_s15_full_pool
+ *   S16  a chain costs 5 signature checks, 8 certificates, 32 KB
+ *        hs_start_cert
+ *        test_s16_a_long_chain_costs_no_signature_check
+ *   S17  a user's jobs are capped; restarts are 0.8 s apart
+ *        job_refuses, job_done
+ *        test_s17_jobs_of_a_user
+ *   S18  overflow is an error
+ *        bb_put, js_int_from, sl_u64
+ *        test_s18_timeout_out_of_range
+ *   S19  no stored job acts that a client could not create now
+ *        rec_parse, load_job
+ *        test_s19_poisoned_values
+ *   S20  DNS answers match id and question; none loops
+ *        dns_parse
+ *        test_s20_mutated_answers
+ *   S21  a certificate needs SAN, server use, an unconstrained path
+ *        hs_judge
+ *        test_s21_bad_certificates
+ *   S22  a session never outlives its verification
+ *        chan_tls_up, ca_reload
+ *        test_s22_a_session_dies_with_its_certificate
+ *   S23  strangers cannot take the slots kept for others
+ *        test_s23_strangers_leave_slots_for_listed
+ *   S24  all lookup failures reply alike
+ *        exchange_fail
+ *        test_s24_all_failures_look_the_same
+ *   S25  no input ends the process: must() on our own state only
+ *        test_s25_no_failing_call_does_harm
+ *   S26  after start few files are opened, read-only; no program runs
+ *        jail_enter
+ *        test_s26_a_whole_life_under_strace
+ *   S27  losing a peer loses no job, sends no leave while connected
+ *        job_may_act, job_leave
+ *        test_s27_acknowledged_before_the_reply_replicas
+ *   S28  SIGTERM exits 0 within the drain time, sends no leave
+ *        loop_drain
+ *        test_s28_stopping_sends_nothing
+ *   S29  secrets are compared in constant time
+ *        ct_eq
+ *        test_s29_secrets_are_compared_in_constant_time
+ *   S30  every TLS context is seeded by getrandom()
+ *        chan_start_tls
+ *        test_s30_every_tls_context_is_seeded
  *
  * How to audit: build twice without a network and compare; `make audit`;
  * read 00-04, then 05-14 line by line, then the functions above.
@@ -132,6 +170,13 @@
  *     quarter of the time left: doubt must not let a deadline pass.
  *   - A client that leaves is not waited for, its lookup ends all the
  *     same: the caches and the kept connection serve the next one.
+ *   - Who shows a token that is being asked about, or wants a room that is
+ *     being created, shares the answer; the first one's leaving changes
+ *     nothing. Waiting requests are served in order, not by address.
+ *   - A breaker counts lookups of a server, not their calls. Delayed events
+ *     keep their own retries; an open breaker only delays them.
+ *   - Limits per client address are refused without LKJWT_TRUSTED_PROXIES;
+ *     IPv6 clients are counted by their /64.
  *   - Of an SFU's error only Twirp's `code` is logged, never its text.
  */
 
@@ -264,6 +309,20 @@ enum {
     LIM_RESOLUTION_MS = 50,    /* RFC 8305 section 3 */
     LIM_RETRY_MS   = 200,      /* before CreateRoom is repeated */
     LIM_KEPT_MS    = 60000,    /* idle connection to a peer */
+
+    /* who asks too much, which peer fails too often; tables are 4-way */
+    LIM_RATE_CNT     = 4096,   /* token buckets */
+    LIM_BREAKER_CNT  = 1024,   /* homeservers that failed lately */
+    LIM_KNOWN_CNT    = 2048,   /* homeservers, a user of which was verified */
+    LIM_KNOWN_MS     = 86400000,
+    LIM_ROOM_CNT     = 4096,   /* rooms created lately: not new */
+    LIM_ROOM_MS      = 600000,
+    LIM_PAUSE_MS     = 2000,   /* an open breaker's first pause; doubles */
+    LIM_PAUSE_STEPS  = 5,      /* to 60 s */
+    LIM_PAUSE_MAX_MS = 60000,
+    LIM_PAUSE_LISTED_MS = 3000,    /* the same for the operator's peers */
+    LIM_COLD_BURST   = 4,      /* seconds of LKJWT_TLS_COLD_PER_S at once */
+    LIM_COLD_WAIT_MS = 40,     /* between two looks at that budget */
 
     /* delegated leaves */
     LIM_JOB_CNT      = 10000,  /* jobs; LKJWT_JOBS_MAX */
@@ -427,6 +486,16 @@ enum {
     X(QUEUE_FULL,     1501, 'w', \
       "too many requests wait for this homeserver") \
     X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
+    X(RATE_USER,      1503, 'i', "user asks too often") \
+    X(RATE_SERVER,    1504, 'w', "users of this server ask too often") \
+    X(RATE_ROOMS,     1505, 'w', "too many new rooms") \
+    X(ADDR_LIMIT,     1506, 'i', "client address asks too often") \
+    X(TLS_BUDGET,     1507, 'w', \
+      "no turn for a TLS handshake with this server in time") \
+    X(BREAKER_OPEN,   1508, 'i', \
+      "not asked: this destination has failed repeatedly") \
+    X(BREAKER_TRIPPED, 1509, 'w', \
+      "destination fails repeatedly: not asked for a while") \
     X(GRANTED,        1601, 'i', "token granted") \
     X(NAME_BAD,       2001, 'i', "malformed server name") \
     X(SERVER_DENIED,  2002, 'i', "server name is blocked or not allowed") \
@@ -649,6 +718,9 @@ struct trust {
     bool private_ok;         /* private ranges allowed (SECURITY 3, P) */
 };
 
+/* A token bucket's shape: burst 0 is no limit. */
+struct rate { int64_t burst, interval_us; };
+
 /* Where to listen, or what the health check asks. */
 struct bind {
     bool is_unix, is_any, is_dual;   /* is_any: address 0.0.0.0 or [::] */
@@ -702,6 +774,10 @@ struct cfg {
     size_t fed_cnt, cs_cnt;
     struct cidr network[LIM_LIST_CNT];
     size_t network_cnt;
+    struct cidr proxy[LIM_LIST_CNT]; /* whose X-Forwarded-For is believed */
+    size_t proxy_cnt;
+    struct rate rate_user, rate_server, rate_room_user, rate_room_server;
+    struct rate rate_addr;
     bool private_deny, insecure, restricted_publish, can_update, strict;
     bool log_json;
     char log_level;                  /* e w i d */
@@ -716,6 +792,7 @@ struct cfg {
     int64_t token_ttl_s, max_body, max_conns, keepalive_ms, lookup_ms;
     int64_t lookups_max, lookups_per_server, lame_duck_ms, drain_ms;
     int64_t sanity_s, jobs_max, jobs_per_user;
+    int64_t conns_per_addr, tls_cold_per_s, breaker;     /* 0: off */
     bool has_redis;
     struct redis_url redis;
 };
@@ -1138,6 +1215,49 @@ static bool ip_in(const struct ip *a, const struct cidr *net)
     return bits % 8 == 0 || ((a->b[whole] ^ net->ip.b[whole]) & mask) == 0;
 }
 
+/* Parse BURST:PER_SECOND, the latter with up to four decimals, or `off`. */
+MUST_USE static bool rate_parse(sl s_raw, struct rate *out)
+{
+    size_t colon = sl_find(s_raw, ':');
+    sl rest = sl_skip(s_raw, colon + 1);
+    size_t dot = sl_find(rest, '.');
+    sl part = sl_skip(rest, dot + 1);
+    uint64_t burst, whole, frac = 0;
+    *out = (struct rate){ 0, 0 };
+    if (sl_eq(s_raw, SL("off")))
+        return true;
+    if (colon == s_raw.len || !sl_u64((sl){ s_raw.p, colon }, 1000000, &burst)
+        || !sl_u64((sl){ rest.p, dot }, 10000, &whole) || part.len > 4
+        || (dot < rest.len && !sl_u64(part, 9999, &frac)))
+        return false;
+    for (size_t i = part.len; i < 4; i++)
+        frac *= 10;
+    frac += whole * 10000;
+    if (burst == 0 || frac == 0 || frac > 100000000)
+        return false;
+    *out = (struct rate){ (int64_t)burst, (int64_t)(10000000000 / frac) };
+    return true;
+}
+
+/* Append what rate_parse reads. */
+static void bb_rate(struct bb *b, const struct rate *r)
+{
+    if (r->burst == 0) {
+        bb_str(b, "off");
+        return;
+    }
+    uint64_t per = 10000000000 / (uint64_t)r->interval_us;
+    bb_u64(b, (uint64_t)r->burst);
+    bb_byte(b, ':');
+    bb_u64(b, per / 10000);
+    if (per % 10000)
+        bb_byte(b, '.');
+    for (uint64_t left = per % 10000, unit = 1000; left; unit /= 10) {
+        bb_byte(b, (uint8_t)('0' + left / unit));
+        left %= unit;
+    }
+}
+
 /* Parse ADDRESS/BITS or a bare ADDRESS (all its bits). */
 MUST_USE static bool cidr_parse(sl s_raw, struct cidr *out)
 {
@@ -1151,6 +1271,14 @@ MUST_USE static bool cidr_parse(sl s_raw, struct cidr *out)
         return false;
     out->bits = (uint8_t)bits;
     return true;
+}
+
+static bool ip_in_any(const struct ip *a, const struct cidr *net, size_t cnt)
+{
+    for (size_t i = 0; i < cnt; i++)
+        if (ip_in(a, &net[i]))
+            return true;
+    return false;
 }
 
 /* The address ranges of SECURITY section 3. N never, L link-local and
@@ -1811,7 +1939,8 @@ static void js_put_str(struct bb *b, sl s, bool ascii)
     X(LOCATION, "location") \
     X(CACHE_CONTROL, "cache-control") \
     X(EXPIRES, "expires") \
-    X(CONTENT_ENCODING, "content-encoding")
+    X(CONTENT_ENCODING, "content-encoding") \
+    X(FORWARDED_FOR, "x-forwarded-for")
 
 enum h1_field {
 #define X(name, text) H1_##name,
@@ -2005,6 +2134,30 @@ MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
             h->field[f] = h1_span(in, value);
         }
     return 0;
+}
+
+/* The client that trusted proxies name in X-Forwarded-For: from the right,
+ * the first address that is none of theirs. *out stays where an entry is no
+ * address: what its left says was not written by a proxy we trust.
+ * Trust    the rightmost entry is a trusted proxy's, the rest anybody's. */
+static void forwarded_client(sl v_raw, const struct cidr *proxy, size_t cnt,
+    struct ip *out)
+{
+    while (v_raw.len) {
+        size_t at = v_raw.len;
+        while (at > 0 && v_raw.p[at - 1] != ',')
+            at--;
+        sl word = sl_trim(sl_skip(v_raw, at));
+        struct ip ip;
+        if (sl_starts(word, SL("[")) && sl_ends(word, SL("]")))
+            word = (sl){ word.p + 1, word.len - 2 };
+        if (!ip_parse(word, &ip))
+            return;
+        *out = ip_unwrap(ip);
+        if (!ip_in_any(out, proxy, cnt))
+            return;
+        v_raw.len = at ? at - 1 : 0;
+    }
 }
 
 /* Read a head, line by line; call again with more bytes of the same.
@@ -4134,6 +4287,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(REPLICAS, "lkjwt_replicas", "Replicas that share the Redis.") \
     X(SHARDS, "lkjwt_shards", \
       "Of 64 shards of the delegated leaves, held here.") \
+    X(BREAKERS, "lkjwt_breakers_open", \
+      "Destinations that are not asked: they failed repeatedly.") \
     X(ANCHORS, "lkjwt_trust_anchors", "Trust anchors loaded.") \
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
@@ -4292,7 +4447,7 @@ static void met_put_requests(struct bb *b, const struct met *m)
         "Requests answered, by route and status.");
     for (size_t r = 0; r < RL_CNT; r++)
         for (size_t i = 0; i < CODE_CNT; i++) {
-            if (m->request[r][i] == 0 && i > 2)
+            if (m->request[r][i] == 0 && r > RL_WEBHOOK && i > 2)
                 continue;
             snprintf(text, sizeof text, "{route=\"%s\",code=\"%u\"}",
                 route_label_tab[r], code_tab[i]);
@@ -4406,7 +4561,8 @@ static int64_t io_now_us(void);
 static int64_t io_wall_ms(void);                 /* unix time */
 static void io_random(void *p, size_t len);
 static void io_usage(int64_t *cpu_us, int64_t *resident);
-static int io_accept(int listener);              /* fd */
+static int io_accept(int listener, struct ip *peer);     /* fd */
+static int io_spare(int fd);                     /* another of the same */
 static int io_connect(const struct addr *a, const struct trust *t, bool udp);
 static int io_connect_unix(sl path);
 static int io_connected(int fd);                 /* 0, or why not */
@@ -5413,7 +5569,7 @@ static const br_x509_class hs_class = {
 /* Resumable sessions, 4-way sets. */
 static struct session {
     uint8_t key[16];
-    int64_t until_wall;
+    int64_t until_wall, until_at;    /* both clocks: one may be set back */
     br_ssl_session_parameters params;
 } session_cache[LIM_SESSION_CNT];
 
@@ -5466,10 +5622,15 @@ static bool net_allowed(const struct addr *a, const struct trust *t)
     if (t->class == CLASS_OPERATOR || range == RANGE_PUBLIC
         || (range == RANGE_P && t->private_ok))
         return true;
-    for (size_t i = 0; i < cfg.network_cnt; i++)
-        if (ip_in(&plain, &cfg.network[i]))
-            return true;
-    return false;
+    return ip_in_any(&plain, cfg.network, cfg.network_cnt);
+}
+
+/* Whether a handshake can be shortened (RFC 5246 section 7.3). */
+static bool session_is_fresh(const uint8_t key[16])
+{
+    const struct session *s = session_slot(key);
+    return s->until_wall > io_wall_ms() / 1000 && s->until_at > io_now()
+        && memcmp(s->key, key, 16) == 0;
 }
 
 /* The key under which a connection and its session may be used again. */
@@ -5657,9 +5818,7 @@ MUST_USE static bool chan_start_tls(struct chan *ch, struct hs *h,
 {
     size_t idx = (size_t)(ch - chan_pool);
     br_ssl_client_context *cc = &chan_tls[idx];
-    const struct session *s = session_slot(ch->key);
-    bool resume = s->until_wall > io_wall_ms() / 1000
-        && memcmp(s->key, ch->key, 16) == 0;
+    bool resume = session_is_fresh(ch->key);
     uint8_t seed[32];
     char sni[LIM_HOST_LEN + 1];
     ch->is_tls = true;
@@ -5676,7 +5835,8 @@ MUST_USE static bool chan_start_tls(struct chan *ch, struct hs *h,
     br_ssl_engine_inject_entropy(&cc->eng, seed, sizeof seed);
     wipe(seed, sizeof seed);
     if (resume)
-        br_ssl_engine_set_session_parameters(&cc->eng, &s->params);
+        br_ssl_engine_set_session_parameters(&cc->eng,
+            &session_slot(ch->key)->params);
     sl host = peer->host;
     if (sl_ends(host, SL(".")))
         host.len--;
@@ -5697,6 +5857,7 @@ static void chan_tls_up(struct chan *ch)
             until = ch->hs->not_after;
         memcpy(s->key, ch->key, 16);
         s->until_wall = until;
+        s->until_at = io_now() + LIM_SESSION_S * 1000;
         br_ssl_engine_get_session_parameters(&cc->eng, &s->params);
         if (s->params.session_id_len == 0 || ch->anchor_gen != anchor_gen)
             s->until_wall = 0;
@@ -5869,6 +6030,151 @@ MUST_USE static ssize_t chan_read(struct chan *ch, uint8_t *p, size_t cap)
  * A kept connection enters at U5. The call's own deadline bounds all.
  */
 
+/* ---- memory of names: rates, breakers, who is known --------------------
+ * Tables of keyed hashes in sets of four. In a full set the entry with the
+ * least `at` makes room: a bucket nearest to full, a failure longest ago.
+ */
+struct memo {
+    uint64_t key;
+    int64_t at;              /* what it means is the table's matter */
+    uint16_t cnt;            /* breakers: failures running */
+    bool is_trying;          /* breakers: one request is out as a probe */
+};
+static struct memo rate_cache[LIM_RATE_CNT];     /* at: full again, us */
+static struct memo breaker_cache[LIM_BREAKER_CNT];   /* at: pause over */
+static struct memo known_cache[LIM_KNOWN_CNT], room_cache[LIM_ROOM_CNT];
+
+/* The key of a name; `kind` keeps apart what is counted. */
+static uint64_t memo_key(char kind, sl name)
+{
+    uint8_t sum[32];
+    sl part[] = { { sec_boot, 32 }, { (const uint8_t *)&kind, 1 }, name };
+    hash_parts(part, 3, sum);
+    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+}
+
+/* The entry of a key. Without one: a new one with `make`, else NULL. */
+static struct memo *memo_get(struct memo *tab, size_t cnt, uint64_t key,
+    bool make)
+{
+    struct memo *set = &tab[key % (cnt / 4) * 4], *best = set;
+    for (size_t i = 0; i < 4; i++) {
+        if (set[i].key == key)
+            return &set[i];
+        if (set[i].at < best->at)
+            best = &set[i];
+    }
+    if (!make)
+        return NULL;
+    *best = (struct memo){ .key = key };
+    return best;
+}
+
+/* Whether an entry that is kept until `at` is there. */
+static bool memo_holds(struct memo *tab, size_t cnt, uint64_t key,
+    int64_t now)
+{
+    const struct memo *m = memo_get(tab, cnt, key, false);
+    return m && m->at > now;
+}
+
+/* Take one from a bucket, by the generic cell rate algorithm: `full` is
+ * when the bucket will be full again. False: it is empty. */
+static bool rate_take(struct memo *m, const struct rate *r, int64_t now)
+{
+    int64_t us = now * 1000;
+    int64_t full = (m->at > us ? m->at : us) + r->interval_us;
+    if (full - us > r->burst * r->interval_us)
+        return false;
+    m->at = full;
+    return true;
+}
+
+/* The same for the bucket of a key; no limit is always kept. */
+static bool rate_ok(uint64_t key, const struct rate *r, int64_t now)
+{
+    return r->burst == 0
+        || rate_take(memo_get(rate_cache, LIM_RATE_CNT, key, true), r, now);
+}
+
+/* ---- circuit breakers (SECURITY section 8) -----------------------------
+ * row state      waits for          to
+ * B1  closed     LKJWT_BREAKER_FAILURES failures running    B2
+ * B2  open       its pause          B3
+ * B3  half-open  the one request    B1 on success, B2 longer on failure
+ */
+enum verdict { PEER_OK, PEER_FAILED, PEER_UNASKED };
+
+/* What the end of a call says of its peer. A complete HTTP reply is a
+ * success whatever it says, lest a client's bad token closes the way for
+ * all (T31); own limits say nothing. */
+static enum verdict peer_verdict(enum event why)
+{
+    uint16_t num = event_tab[why].num;
+    if (num >= event_tab[EV_REPLY_BAD].num && num < 2600)
+        return PEER_OK;
+    return num < event_tab[EV_DNS_NONE].num || num >= 2600
+        || why == EV_DNS_FULL || why == EV_SSRF_DENIED || why == EV_CHAN_FULL
+        ? PEER_UNASKED : PEER_FAILED;
+}
+
+static bool breaker_is_open(const struct memo *b, int64_t now)
+{
+    return cfg.breaker && b->cnt >= cfg.breaker && now < b->at;
+}
+
+/* Whether a request must not go out now. The first one after the pause
+ * may, and breaker_report must hear of its end; the others wait for that. */
+static bool breaker_refuses(struct memo *b, int64_t now)
+{
+    if (breaker_is_open(b, now))
+        return true;
+    if (cfg.breaker && b->cnt >= cfg.breaker) {
+        b->is_trying = true;
+        b->at = now + LIM_LOOKUP_MS;
+    }
+    return false;
+}
+
+/* Count the end of a request. What was under way when the breaker opened
+ * is not counted again. */
+static void breaker_report(struct memo *b, enum class class, enum verdict v,
+    sl name, int64_t now)
+{
+    bool was_trying = b->is_trying;
+    b->is_trying = false;
+    if (v == PEER_OK) {
+        b->cnt = 0;
+        b->at = 0;
+    } else if (v == PEER_UNASKED) {
+        b->at = was_trying ? now : b->at;
+    } else if (cfg.breaker && (was_trying || !breaker_is_open(b, now))) {
+        b->cnt = (uint16_t)(b->cnt
+            + (b->cnt < cfg.breaker + LIM_PAUSE_STEPS));
+        b->at = now;
+        if (b->cnt < cfg.breaker)
+            return;
+        int64_t pause = (int64_t)LIM_PAUSE_MS << (b->cnt - cfg.breaker);
+        int64_t max = class == CLASS_STRANGER ? LIM_PAUSE_MAX_MS
+            : LIM_PAUSE_LISTED_MS;
+        pause = pause < max ? pause : max;
+        pause = random_between(pause * 4 / 5, pause * 6 / 5);
+        b->at = now + pause;
+        uint8_t num[20];
+        LOG(EV_BREAKER_TRIPPED, KV("server", name),
+            KV("pause_ms", text_u64(num, (uint64_t)pause)));
+    }
+}
+
+static int64_t breaker_open_cnt(const struct memo *tab, size_t cnt,
+    int64_t now)
+{
+    int64_t n = 0;
+    for (size_t i = 0; i < cnt; i++)
+        n += breaker_is_open(&tab[i], now);
+    return n;
+}
+
 enum up_state { UP_FREE, UP_RESOLVE, UP_DIAL, UP_TLS_SLOT, UP_TLS, UP_SEND,
     UP_RECV, UP_DONE, UP_FAILED };
 
@@ -5953,6 +6259,7 @@ struct up_call {
     enum target_label label;
     struct trust trust;
     bool is_tls, search;     /* search: resolv.conf's list may be used */
+    bool is_known;           /* a stranger who named a user of its own */
     sl host;                 /* to resolve and dial; IPv6 in brackets */
     uint16_t port;
     sl cert_name;            /* for SNI and certificate */
@@ -5979,6 +6286,7 @@ struct up {
     int detail;              /* errno or BearSSL error, 0 none */
     struct addr addr;        /* last address dialled */
     bool has_addr, is_denied, is_kept, is_retried;
+    bool has_turn;           /* TLS_BUDGET is charged */
     struct addr try_addr[LIM_TRY_CNT];
     int try_fd[LIM_TRY_CNT];
     bool try_over[LIM_TRY_CNT];      /* failed, or won */
@@ -6035,6 +6343,14 @@ static uint8_t *up_body(struct up *u)
     return intake_body(&u->intake, up_in[u - up_pool], u->head_len);
 }
 
+/* What an ended call says of its peer, where a 5xx is a failure. */
+static enum verdict up_verdict(const struct up *u)
+{
+    if (u->state == UP_DONE)
+        return u->head.status >= 500 ? PEER_FAILED : PEER_OK;
+    return peer_verdict(u->why);
+}
+
 static sl up_field(const struct up *u, enum h1_field f)
 {
     return h1_get((sl){ up_in[u - up_pool], u->head_len }, &u->head, f);
@@ -6083,7 +6399,6 @@ static void up_watch(struct up *u)
         break;
     case UP_TLS_SLOT:                /* a reset shows at the handshake */
         fd = -1;
-        end = u->call.end;
         break;
     case UP_TLS:
         want = br_ssl_engine_current_state(
@@ -6308,11 +6623,30 @@ static void up_tls_failed(struct up *u, enum event why, int detail,
     up_start_tries(u, now);
 }
 
+/* Handshakes with strangers that no session shortens are counted: half the
+ * budget is kept for those that are known. False: not now. */
+static bool up_take_turn(struct up *u, int64_t now)
+{
+    static struct memo cold;
+    struct rate r = { cfg.tls_cold_per_s * LIM_COLD_BURST, 0 };
+    if (u->call.trust.class != CLASS_STRANGER || r.burst == 0
+        || session_is_fresh(u->key))
+        u->has_turn = true;
+    if (u->has_turn)
+        return true;
+    r.interval_us = 1000000 / cfg.tls_cold_per_s;
+    r.burst = u->call.is_known ? r.burst : r.burst / 2;
+    u->has_turn = rate_take(&cold, &r, now);
+    return u->has_turn;
+}
+
 /* Enter TLS as soon as one of the handshake slots is free. */
 static void up_step_tls_slot(struct up *u, int64_t now)
 {
-    struct hs *h = hs_take(u->call.trust.class, u->key);
+    bool turn = up_take_turn(u, now);
+    struct hs *h = turn ? hs_take(u->call.trust.class, u->key) : NULL;
     u->state = UP_TLS_SLOT;
+    u->stage_end = turn ? u->call.end : now + LIM_COLD_WAIT_MS;
     if (!h) {
         up_watch(u);
         return;
@@ -6527,7 +6861,7 @@ static void up_timeout(struct up *u, int64_t now)
         up_fail(u, EV_CONNECT_TIMEOUT, "connect", 0);
         return;
     case UP_TLS_SLOT:
-        up_fail(u, EV_TLS_TIMEOUT, "tls", 0);
+        up_fail(u, EV_TLS_BUDGET, "tls", 0);
         return;
     case UP_TLS:
         if (now < u->call.end)
@@ -6608,7 +6942,8 @@ struct lookup {
     struct trust trust;
     bool is_client;          /* wants the client-server API's base URL */
     bool is_passing;         /* failed, but may do better next time */
-    bool is_listed, is_forgetful;    /* delegation already resolved anew */
+    bool is_listed, is_known;
+    bool is_forgetful;       /* delegation already resolved anew */
     const struct override *over;
     struct up *up;
     unsigned hops;
@@ -6627,6 +6962,10 @@ struct lookup {
     int64_t end;
 };
 static struct lookup lookup_pool[LIM_UP_CNT];
+
+/* What is counted of them before one more begins. */
+static struct { uint64_t dest; bool is_used, is_listed, is_known; }
+    lookup_hot[LIM_UP_CNT];
 
 /* Where --check wants to see each step; unset while serving. */
 static void (*note_hook)(const char *step, bool ok, sl text);
@@ -6765,11 +7104,24 @@ static struct trust name_trust(const struct name *n, bool is_listed)
 static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
     int64_t now);
 
+/* Tell the breaker of the server how its lookup ended; EV_NONE: well. */
+static void lookup_report(const struct lookup *l, enum event why)
+{
+    enum verdict v = why == EV_NONE ? PEER_OK : peer_verdict(why);
+    struct memo *b = l->is_client ? NULL : memo_get(breaker_cache,
+        LIM_BREAKER_CNT, l->dest, v == PEER_FAILED);
+    if (b)
+        breaker_report(b, l->trust.class, v, l->name.whole, io_now());
+}
+
 static void lookup_fail(struct lookup *l, enum event why, const char *step)
 {
     uint8_t addr[64], num[20];
     if (l->state == L_WELL_KNOWN && !l->is_client)   /* nobody shall wait */
-        wk_finish(l, (sl){ NULL, 0 }, 0, true, io_now());
+        wk_finish(l, (sl){ NULL, 0 }, why == EV_TLS_BUDGET ? -1 : 0, true,
+            io_now());
+    if (why != EV_BREAKER_OPEN)
+        lookup_report(l, why);
     bool has_addr = l->up && l->up->has_addr;
     bool has_status = l->up && l->up->state == UP_DONE;
     l->state = L_FAILED;
@@ -6791,6 +7143,11 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
 
 static void lookup_done(struct lookup *l)
 {
+    int64_t now = io_now();
+    lookup_report(l, EV_NONE);
+    if (!l->is_listed && !l->is_client)
+        memo_get(known_cache, LIM_KNOWN_CNT, l->dest, true)->at
+            = now + LIM_KNOWN_MS;
     l->state = L_DONE;
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     loop_wake(l->owner, l->owner_idx);
@@ -6881,7 +7238,8 @@ static void lookup_call(struct lookup *l, int64_t now)
         .port = o ? o->port : t->port,
         .cert_name = o ? o->url.name.host : l->dn.host,
         .reply_cap = LIM_USERINFO_LEN, .end = l->end,
-        .tries = LIM_TRY_CNT - l->dial_cnt, .build = lookup_build };
+        .tries = LIM_TRY_CNT - l->dial_cnt, .build = lookup_build,
+        .is_known = l->is_known };
     c.search = o || (l->is_listed && is_single_label(c.host));
     lookup_drop_up(l, now);
     l->state = L_CALL;
@@ -7020,7 +7378,10 @@ static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
     int64_t now)
 {
     struct wk *w = wk_slot(l->name.whole, now);
-    if (w && dn.len) {
+    if (w && ttl_s < 0) {                /* not asked: the next one may */
+        w->state = w->len ? WK_OK : WK_NONE;
+        w->until = now;
+    } else if (w && dn.len) {
         ttl_s = ttl_s < 300 ? 300 : ttl_s > 172800 ? 172800 : ttl_s;
         w->state = WK_OK;
         w->fails = 0;
@@ -7052,7 +7413,8 @@ static void lookup_fetch(struct lookup *l, int64_t now)
         .port = l->url.name.port ? l->url.name.port : 443,
         .cert_name = l->url.name.host,
         .reply_cap = l->is_client ? LIM_RPC_LEN : LIM_WELL_KNOWN_LEN,
-        .end = end < l->end ? end : l->end, .build = lookup_build_wk };
+        .end = end < l->end ? end : l->end, .build = lookup_build_wk,
+        .is_known = l->is_known };
     c.search = l->is_listed && is_single_label(c.host);
     lookup_drop_up(l, now);
     l->up = up_open(&c, 0, LIM_UP_CNT, now);
@@ -7139,6 +7501,10 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     struct up *u = l->up;
     sl dn = { NULL, 0 };
     struct name n;
+    if (u->state == UP_FAILED && u->why == EV_TLS_BUDGET) {
+        lookup_fail(l, u->why, "tls");
+        return;
+    }
     if (u->state == UP_FAILED) {
         lookup_wk_none(l, u->why, u->why != EV_REPLY_BAD
                        && u->why != EV_REPLY_LIMIT, now);
@@ -7216,7 +7582,8 @@ static void lookup_well_known(struct lookup *l, int64_t now)
 static void lookup_call_failed(struct lookup *l, int64_t now)
 {
     struct up *u = l->up;
-    bool unreachable = strcmp(u->step, "http") != 0;
+    bool unreachable = strcmp(u->step, "http") != 0
+        && u->why != EV_TLS_BUDGET;
     l->dial_cnt += u->dial_cnt;
     if (unreachable && l->target_next + 1 < l->target_cnt
         && l->dial_cnt < LIM_TRY_CNT) {
@@ -7299,34 +7666,35 @@ static enum step lookup_step(size_t idx, int revents, int64_t now)
     return STEP_WAIT;
 }
 
-/* Hash of a destination, for counting calls per server. */
+/* A server name, for counting. */
 static uint64_t dest_hash(sl name)
 {
-    uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, name };
-    hash_parts(part, 2, sum);
-    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+    return memo_key('d', name);
 }
 
-/* Whether another lookup of this server may start now. */
-static bool lookup_may_open(uint64_t dest, bool is_listed)
+/* Whether another lookup of this server may start now. Strangers leave
+ * slots to listed servers, and unknown ones half of theirs to the known. */
+static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
 {
-    int64_t active = 0, strangers = 0, same = 0;
+    int64_t active = 0, strangers = 0, unknown = 0, same = 0;
     int64_t cap = is_listed ? LIM_DEST_LISTED
         : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
     for (size_t i = 0; i < LIM_UP_CNT; i++)
-        if (lookup_pool[i].state != L_FREE) {
+        if (lookup_hot[i].is_used) {
             active++;
-            strangers += !lookup_pool[i].is_listed;
-            same += lookup_pool[i].dest == dest;
+            strangers += !lookup_hot[i].is_listed;
+            unknown += !lookup_hot[i].is_listed && !lookup_hot[i].is_known;
+            same += lookup_hot[i].dest == dest;
         }
     int64_t share = (cfg.lookups_max + 1) / 2;
     if (cfg.is_open && cfg.lookups_max > 32)
         share = cfg.lookups_max - 16;
     else if (share > LIM_STRANGER_CNT)
         share = LIM_STRANGER_CNT;
-    return active < cfg.lookups_max && same < cap
-        && (is_listed || strangers < share);
+    if (active >= cfg.lookups_max || same >= cap)
+        return false;
+    return is_listed || (strangers < share && (unknown < (share + 1) / 2
+        || memo_holds(known_cache, LIM_KNOWN_CNT, dest, now)));
 }
 
 /* A lookup of a checked name, not started yet. NULL: none free. */
@@ -7334,7 +7702,7 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
     const struct name *name, int64_t now)
 {
     size_t i = 0;
-    while (i < LIM_UP_CNT && lookup_pool[i].state != L_FREE)
+    while (i < LIM_UP_CNT && lookup_hot[i].is_used)
         i++;
     if (i == LIM_UP_CNT)
         return NULL;
@@ -7346,6 +7714,11 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
     lookup_keep_name(l->text, &l->name, name->whole);
     l->dest = dest_hash(l->name.whole);
     l->is_listed = name_is_listed(l->name.whole);
+    l->is_known = memo_holds(known_cache, LIM_KNOWN_CNT, l->dest, now);
+    lookup_hot[i].dest = l->dest;
+    lookup_hot[i].is_used = true;
+    lookup_hot[i].is_listed = l->is_listed;
+    lookup_hot[i].is_known = l->is_known;
     l->trust = name_trust(&l->name, l->is_listed);
     l->end = now + cfg.lookup_ms;
     lookup_keep_name(l->dn_text, &l->dn, l->name.whole);
@@ -7363,7 +7736,10 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     l->token = token;
     l->req = req;
     l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
-    if (l->over) {
+    struct memo *b = memo_get(breaker_cache, LIM_BREAKER_CNT, l->dest, false);
+    if (b && breaker_refuses(b, now)) {
+        lookup_fail(l, EV_BREAKER_OPEN, "breaker");
+    } else if (l->over) {
         l->trust = (struct trust){ CLASS_OPERATOR, true };
         l->target_cnt = 1;
         note("override", true, l->name.whole, l->over->base.text);
@@ -7399,6 +7775,7 @@ static void lookup_close(struct lookup *l, int64_t now)
     lookup_drop_up(l, now);
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     l->state = L_FREE;
+    lookup_hot[lookup_idx(l)].is_used = false;
 }
 
 /* ---- client-server APIs: where delayed events are restarted and sent ---
@@ -7421,6 +7798,7 @@ static struct api {
     int64_t used_at;
     int64_t next_at, interval_ms;
     int64_t halved_us;           /* when the pace was halved */
+    struct memo breaker;
     struct url url;              /* in text */
     uint8_t name[LIM_NAME_LEN], text[LIM_URL_LEN];
 } api_pool[LIM_API_CNT];
@@ -7506,7 +7884,7 @@ static enum res api_resolve(struct api *a, int64_t now)
     if (!name_parse(name, &n))
         return RES_FAILED;
     a->trust = name_trust(&n, name_is_listed(name));
-    if (lookup_may_open(dest_hash(name), name_is_listed(name)))
+    if (lookup_may_open(dest_hash(name), name_is_listed(name), now))
         a->lookup = lookup_open_client((uint16_t)api_idx(a), &n, now);
     if (!a->lookup)                     /* all lookups in use: soon again */
         a->until = now + 1000;
@@ -7575,8 +7953,10 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     bb_put(b, body);
 }
 
-/* Open a call at the SFU in the slots of exchanges or jobs. NULL: none
- * free. */
+static struct memo lk_breaker;
+
+/* Open a call at the SFU in the slots of exchanges or jobs, when its
+ * breaker allows. NULL: none free. */
 static struct up *lk_open(enum kind owner, uint16_t owner_idx,
     void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
 {
@@ -7588,7 +7968,18 @@ static struct up *lk_open(enum kind owner, uint16_t owner_idx,
         .host = cfg.api.url.name.host, .port = cfg.api.port,
         .cert_name = cfg.api.url.name.host, .reply_cap = LIM_RPC_LEN,
         .end = end, .build = build };
-    return up_open(&c, from, to, now);
+    struct up *u = up_open(&c, from, to, now);
+    if (!u)
+        breaker_report(&lk_breaker, CLASS_OPERATOR, PEER_UNASKED,
+            (sl){ NULL, 0 }, now);
+    return u;
+}
+
+/* Tell the SFU's breaker how a call ended. */
+static void lk_report(const struct up *u, int64_t now)
+{
+    breaker_report(&lk_breaker, CLASS_OPERATOR, up_verdict(u),
+        cfg.api.url.name.whole, now);
 }
 
 /* The `code` of a Twirp error, if it is one of Twirp's own words. */
@@ -8421,6 +8812,9 @@ static void job_close_look(struct job *j, int64_t now)
 {
     if (!j->look)
         return;
+    if (j->look->state != UP_DONE && j->look->state != UP_FAILED)
+        breaker_report(&lk_breaker, CLASS_OPERATOR, PEER_UNASKED,
+            (sl){ NULL, 0 }, now);
     up_close(j->look, now);
     j->look = NULL;
     while (look_waiting) {
@@ -8731,6 +9125,7 @@ static void job_look_ended(struct job *j, int64_t now)
     enum presence p = lk_presence(j->look, (sl){ j->id[j->probe],
         j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
+    lk_report(j->look, now);
     if (p == UNKNOWN && !j->is_unknown)  /* not each time */
         lk_log(j->look, (sl){ NULL, 0 });
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
@@ -8758,6 +9153,11 @@ static void job_start_look(struct job *j, int64_t now)
         return;
     if (!job_may_act(j, now)) {
         j->check_at = now + LIM_TICK_MS / 2;
+        return;
+    }
+    if (breaker_refuses(&lk_breaker, now)) {
+        j->check_at = now + random_between(LIM_BACKOFF_MIN_MS,
+            LIM_PAUSE_LISTED_MS);
         return;
     }
     if (j->followed < 2)
@@ -8868,7 +9268,8 @@ MUST_USE static bool job_start_call(struct job *j, bool is_stable,
         .label = TL_DELAYED_EVENT, .trust = a->trust, .is_tls = a->is_tls,
         .host = a->url.name.host, .port = a->port,
         .cert_name = a->url.name.host, .reply_cap = LIM_RPC_LEN,
-        .end = now + LIM_DELAYED_MS, .build = job_build_call };
+        .end = now + LIM_DELAYED_MS, .build = job_build_call,
+        .is_known = true };
     c.search = a->trust.class == CLASS_OPERATOR
         || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
     j->is_stable = is_stable;
@@ -9025,6 +9426,8 @@ static void job_call_ended(struct job *j, int64_t now)
         a->is_stable = !sl_eq(e.errcode, SL("M_UNRECOGNIZED"));
     a->max_out = !is_answered ? 2 : a->max_out < LIM_API_CALLS
         ? a->max_out + 1 : a->max_out;
+    breaker_report(&a->breaker, a->trust.class, up_verdict(j->call),
+        (sl){ a->name, a->name_len }, now);
     job_hot_of(j)->is_last = false;
     job_drop_call(j, now);
     j->redirect = target;
@@ -9128,8 +9531,14 @@ static void job_run_queue(struct api *a, int64_t now)
             at = a->next_at;
             break;
         }
+        if (breaker_refuses(&a->breaker, now)) {     /* its end wakes us */
+            at = a->breaker.at;
+            break;
+        }
         if (!job_start_call(j, a->is_stable, now)) {
             a->is_starved = true;            /* api_wake_next */
+            breaker_report(&a->breaker, a->trust.class, PEER_UNASKED,
+                (sl){ NULL, 0 }, now);
             at = now + 1000;
             break;
         }
@@ -10679,6 +11088,8 @@ struct conn {
     uint8_t out_big;                 /* pending reply in a big buffer */
     uint8_t req_len, req[LIM_REQUEST_ID_LEN];
     const struct route *route;       /* NULL: no such path */
+    struct ip peer, client;          /* of the socket; of the request */
+    bool is_proxy;                   /* peer is in LKJWT_TRUSTED_PROXIES */
     struct h1_head head;
     struct intake body;
     size_t discarded;
@@ -11099,6 +11510,38 @@ static bool webhook_refused(struct conn *c, struct h1_body body, int64_t now)
     return true;
 }
 
+/* Whether a client address is the same for counting: IPv6 by its /64, one
+ * household's. */
+static bool addr_same(const struct ip *a, const struct ip *b)
+{
+    return a->v6 == b->v6 && memcmp(a->b, b->b, a->v6 ? 8 : 4) == 0;
+}
+
+/* Whether an address has LKJWT_CONNS_PER_ADDR connections but `self`: its
+ * own, or requests of proxies for it. */
+static bool conn_addr_full(const struct ip *ip, const struct conn *self)
+{
+    int64_t same = 0;
+    if (cfg.conns_per_addr == 0)
+        return false;
+    for (size_t i = 0; i < LIM_CONN_CNT + LIM_LANE_CNT; i++) {
+        const struct conn *c = &conn_pool[i];
+        same += c != self && c->state != C_FREE
+            && (!c->is_proxy || c->head_len) && addr_same(&c->client, ip);
+    }
+    return same >= cfg.conns_per_addr;
+}
+
+/* Who sends this request: behind a trusted proxy the rightmost address of
+ * X-Forwarded-For that is no proxy's. */
+static void conn_client(struct conn *c, sl in)
+{
+    c->client = c->peer;
+    if (c->is_proxy)
+        forwarded_client(h1_get(in, &c->head, H1_FORWARDED_FOR), cfg.proxy,
+            cfg.proxy_cnt, &c->client);
+}
+
 /* A complete head: decide framing, route and whether a body is read. */
 static void conn_head(struct conn *c, size_t head_len, int64_t now)
 {
@@ -11118,6 +11561,14 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
     c->route = route_find(h1_path(h1_slice(in, c->head.target)),
         conn_is_metrics(c));
     conn_request_id(c, in);
+    conn_client(c, in);
+    if (c->is_proxy && c->route && c->route->is_cors
+        && conn_addr_full(&c->client, c)) {
+        c->is_refused = true;
+        LOG(EV_ADDR_LIMIT, KV("req", ((sl){ c->req, c->req_len })));
+        conn_error(c, RE_BUSY, NULL, now);
+        return;
+    }
     if (conn_is_lane(c) && (!c->route || c->route->is_cors)) {
         if (!c->route) {
             conn_refuse(c, EV_CONN_FULL, now);
@@ -11328,24 +11779,38 @@ static struct conn *conn_slot(bool is_metrics, int64_t now)
     return c ? c : conn_slot_in(max, max + LIM_LANE_CNT, now);
 }
 
-/* Adopt an accepted socket. */
-static void conn_open(int fd, bool is_metrics, int64_t now)
+/* Turn an accepted socket away. */
+static void conn_turn_away(int fd, enum event why)
 {
+    uint8_t text[160];
+    struct bb b = BB(text);
+    bb_str(&b, "HTTP/1.1 503 Service Unavailable\r\nDate: ");
+    bb_put(&b, http_date());
+    bb_str(&b, "\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    LOG0(why);
+    (void)!io_write(fd, (sl){ text, b.len });
+    io_close(&fd);
+}
+
+/* Adopt an accepted socket. */
+static void conn_open(int fd, const struct ip *peer, bool is_metrics,
+    int64_t now)
+{
+    bool is_proxy = !is_metrics && ip_in_any(peer, cfg.proxy, cfg.proxy_cnt);
+    if (!is_metrics && !is_proxy && conn_addr_full(peer, NULL)) {
+        conn_turn_away(fd, EV_ADDR_LIMIT);
+        return;
+    }
     struct conn *c = conn_slot(is_metrics, now);
     if (!c) {
-        uint8_t text[160];
-        struct bb b = BB(text);
-        bb_str(&b, "HTTP/1.1 503 Service Unavailable\r\nDate: ");
-        bb_put(&b, http_date());
-        bb_str(&b, "\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
-        LOG0(EV_CONN_FULL);
-        (void)!io_write(fd, (sl){ text, b.len });
-        io_close(&fd);
+        conn_turn_away(fd, EV_CONN_FULL);
         return;
     }
     memset(c, 0, sizeof *c);
     c->state = C_HEAD;
     c->fd = fd;
+    c->peer = c->client = *peer;
+    c->is_proxy = is_proxy;
     c->since = now;
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
@@ -11368,6 +11833,11 @@ static void srv_metrics(struct conn *c, int64_t now)
     met.gauge[GA_IDLE] = 0;
     for (size_t i = 0; i < LIM_CHAN_CNT; i++)
         met.gauge[GA_IDLE] += chan_pool[i].state == CHAN_IDLE;
+    met.gauge[GA_BREAKERS] = breaker_open_cnt(breaker_cache,
+        LIM_BREAKER_CNT, now) + breaker_open_cnt(&lk_breaker, 1, now);
+    for (size_t i = 0; i < LIM_API_CNT; i++)
+        met.gauge[GA_BREAKERS] += api_pool[i].state != API_FREE
+            && breaker_is_open(&api_pool[i].breaker, now);
     met.gauge[GA_ANCHORS] = anchor_set[anchor_now].cnt;
     met.gauge[GA_STOPPING] = srv_stopping > 0;
     met.gauge[GA_CONNECTED] = job_connected_cnt();
@@ -11408,10 +11878,13 @@ static const struct route route_tab[] = {
  * X5  X_ROOM_PAUSE 200 ms           X4            -
  * X6  X_API        section 18, APIs X3, reply     400
  * X7  X_STORE      Redis            reply         reply: memory has it
- * X6 stands between X2 and X3 when a delayed event is handed over.
+ * X8  X_FOLLOW     another's X2, X3 as that one   as that one
+ * X6 stands between X2 and X3 when a delayed event is handed over. X8 is
+ * for the second who shows a token that is being looked up, or wants a room
+ * that is being created.
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
-    X_ROOM_PAUSE, X_API, X_STORE };
+    X_ROOM_PAUSE, X_API, X_STORE, X_FOLLOW };
 enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE };
 
 /* A token request's members; slices borrow from the request body. */
@@ -11429,6 +11902,11 @@ static struct exchange {
     enum exchange_state state;
     enum endpoint endpoint;
     bool is_full, is_listed, has_retried;
+    bool is_asked;                   /* for the room: its rate is charged */
+    uint16_t leader, follower_cnt;   /* leader is index + 1, 0: it is over */
+    bool led_ok;                     /* how it went: if not, why, and what */
+    enum event led_why;              /* the client is told */
+    enum reply led_re;
     struct api *api;
     struct request r;
     struct name name;
@@ -11439,6 +11917,8 @@ static struct exchange {
     uint8_t user_len, user[LIM_ID_LEN];
     uint8_t alias[HASH_NAME_LEN];
 } exchange_pool[LIM_SLOT_CNT];
+static uint8_t exchange_states[LIM_SLOT_CNT];    /* the same, for scans */
+static size_t exchange_room_cnt;                 /* in X3 to X5 */
 
 #define AT(member) offsetof(struct request, member)
 static const struct js_field member_field[] = {
@@ -11582,7 +12062,7 @@ static void exchange_wake(enum exchange_state state, uint64_t dest)
         return;
     for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
         struct exchange *x = &exchange_pool[i];
-        if (x->state == state && (dest == 0 || x->dest == dest)
+        if (exchange_states[i] == state && (dest == 0 || x->dest == dest)
             && (!best || x->since < best->since))
             best = x;
     }
@@ -11605,18 +12085,86 @@ static void exchange_drop(struct exchange *x, int64_t now)
     }
 }
 
+static bool exchange_in_room(enum exchange_state s)
+{
+    return s == X_ROOM_WAIT || s == X_ROOM || s == X_ROOM_PAUSE;
+}
+
 static void exchange_set(struct exchange *x, enum exchange_state state)
 {
     met.gauge[GA_WAITING] -= x->state == X_WAIT || x->state == X_ROOM_WAIT;
     met.gauge[GA_WAITING] += state == X_WAIT || state == X_ROOM_WAIT;
+    exchange_room_cnt -= exchange_in_room(x->state);
+    exchange_room_cnt += exchange_in_room(state);
+    exchange_states[x - exchange_pool] = (uint8_t)state;
     x->state = state;
     exchange_watch(x);
+}
+
+/* Tell those who wait for x how it went. Who waits for a lookup learns the
+ * user of the token, which was the same; who waits for a room has its own. */
+static void exchange_lead(struct exchange *x, bool ok, enum event why,
+    enum reply re)
+{
+    size_t leader = (size_t)(x - exchange_pool) + 1;
+    for (size_t i = 0; i < LIM_SLOT_CNT && x->follower_cnt; i++) {
+        struct exchange *f = &exchange_pool[i];
+        if (exchange_states[i] != X_FOLLOW || f->leader != leader)
+            continue;
+        f->leader = 0;
+        f->led_ok = ok;
+        f->led_why = why;
+        f->led_re = re;
+        if (ok && x->state == X_LOOKUP) {
+            f->user_len = x->user_len;
+            memcpy(f->user, x->user, x->user_len);
+        }
+        x->follower_cnt--;
+        loop_wake(KIND_EXCHANGE, i);
+    }
+}
+
+static void exchange_follow(struct exchange *x, size_t leader)
+{
+    exchange_pool[leader].follower_cnt++;
+    x->leader = (uint16_t)(leader + 1);
+    x->end = INT64_MAX;
+    exchange_set(x, X_FOLLOW);
+}
+
+/* Who asks already whose token x shows, or LIM_SLOT_CNT. */
+static size_t exchange_find_lookup(const struct exchange *x)
+{
+    for (size_t i = 0; i < LIM_UP_CNT; i++) {
+        const struct lookup *l = &lookup_pool[i];
+        if (lookup_hot[i].is_used && lookup_hot[i].dest == x->dest
+            && l->owner == KIND_EXCHANGE
+            && l->state != L_DONE && l->state != L_FAILED
+            && sl_eq(l->name.whole, x->name.whole)
+            && sl_eq(l->token, x->r.access_token))
+            return l->owner_idx;
+    }
+    return LIM_SLOT_CNT;
+}
+
+/* Who creates the room of x already, or LIM_SLOT_CNT. */
+static size_t exchange_find_room(const struct exchange *x)
+{
+    for (size_t i = 0; exchange_room_cnt && i < LIM_SLOT_CNT; i++)
+        if (exchange_in_room((enum exchange_state)exchange_states[i])
+            && &exchange_pool[i] != x
+            && memcmp(exchange_pool[i].alias, x->alias, HASH_NAME_LEN) == 0)
+            return i;
+    return LIM_SLOT_CNT;
 }
 
 /* Free the exchange; the caller answers on its connection next. */
 static void exchange_end(struct exchange *x, int64_t now)
 {
     exchange_drop(x, now);
+    if (x->leader)
+        exchange_pool[x->leader - 1].follower_cnt--;
+    must(x->follower_cnt == 0);
     exchange_set(x, X_FREE);
     met.gauge[GA_EXCHANGES]--;
 }
@@ -11629,11 +12177,13 @@ static sl exchange_step_name(enum event ev)
         : ev == EV_CLAIM_MISMATCH ? SL("sub") : (sl){ NULL, 0 };
 }
 
-/* The client of an exchange left. True: it only waited, and is ended. */
+/* The client of an exchange left. True: it only waited, for itself, and is
+ * ended. */
 static bool exchange_gone(size_t idx, int64_t now)
 {
     struct exchange *x = &exchange_pool[idx];
-    if (x->state != X_WAIT && x->state != X_ROOM_WAIT)
+    if ((x->state != X_WAIT && x->state != X_ROOM_WAIT
+         && x->state != X_FOLLOW) || x->follower_cnt)
         return false;
     exchange_end(x, now);
     return true;
@@ -11646,6 +12196,8 @@ static void exchange_fail(struct exchange *x, enum event ev, enum reply re,
     if (ev != EV_NONE)
         LOG(ev, KV("req", request_id(c)), KV("server", x->name.whole),
             KV("step", exchange_step_name(ev)));
+    exchange_lead(x, false, ev == EV_NONE && x->lookup ? x->lookup->why : ev,
+        re);
     exchange_end(x, now);
     conn_error(c, re, NULL, now);
 }
@@ -11723,10 +12275,36 @@ static void lk_build_room(uint16_t idx, struct bb *b)
         request_id(&conn_pool[idx]));
 }
 
+/* Whether a room may be created that was not of late. Only under the lone
+ * `*` is that counted (T5). */
+static bool exchange_new_room(struct exchange *x, int64_t now)
+{
+    if (!cfg.is_open || x->is_asked || memo_holds(room_cache, LIM_ROOM_CNT,
+            memo_key('a', (sl){ x->alias, HASH_NAME_LEN }), now))
+        return true;
+    x->is_asked = true;
+    return rate_ok(memo_key('r', (sl){ x->user, x->user_len }),
+            &cfg.rate_room_user, now)
+        && rate_ok(memo_key('R', x->name.whole), &cfg.rate_room_server, now);
+}
+
 /* Create the room on the SFU; only for full access. */
 static void exchange_room(struct exchange *x, int64_t now)
 {
+    size_t leader = exchange_find_room(x);
     must(x->is_full);
+    if (!exchange_in_room(x->state) && leader < LIM_SLOT_CNT) {
+        exchange_follow(x, leader);
+        return;
+    }
+    if (!exchange_new_room(x, now)) {
+        exchange_fail(x, EV_RATE_ROOMS, RE_LIMITED, now);
+        return;
+    }
+    if (breaker_refuses(&lk_breaker, now)) {
+        exchange_fail(x, EV_BREAKER_OPEN, RE_SFU, now);
+        return;
+    }
     x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
         lk_build_room, x->end, now);
     exchange_set(x, x->up ? X_ROOM : X_ROOM_WAIT);
@@ -11852,13 +12430,28 @@ static void exchange_accept(struct exchange *x, int64_t now)
     exchange_set(x, X_STORE);
 }
 
+/* Charge the verified user, and the server where nobody listed it: a name
+ * that is not proven shall not spend another's budget. */
+static enum event exchange_rate(const struct exchange *x, int64_t now)
+{
+    if (!rate_ok(memo_key('u', (sl){ x->user, x->user_len }),
+                 &cfg.rate_user, now))
+        return EV_RATE_USER;
+    return x->is_listed || rate_ok(memo_key('s', x->name.whole),
+                                   &cfg.rate_server, now)
+        ? EV_NONE : EV_RATE_SERVER;
+}
+
 /* The homeserver vouched for x->user: decide what the user may have.
  * GRANTS: room creation to full-access users, a token to the others. */
 static void exchange_verified(struct exchange *x, int64_t now)
 {
     sl user = { x->user, x->user_len };
+    enum event rate = exchange_rate(x, now);
     x->is_full = has_full_access(x->name.whole);
-    if (x->endpoint != EP_SFU_GET && !sl_eq(x->r.claimed_user_id, user))
+    if (rate != EV_NONE)
+        exchange_fail(x, rate, RE_LIMITED, now);
+    else if (x->endpoint != EP_SFU_GET && !sl_eq(x->r.claimed_user_id, user))
         exchange_fail(x, EV_CLAIM_MISMATCH, RE_UNAUTHORIZED, now);
     else if (request_delegates(&x->r) && !x->is_full)
         exchange_refuse(x, EV_DELEGATION_RESTRICTED, RE_RESTRICTED,
@@ -11875,6 +12468,28 @@ static void exchange_verified(struct exchange *x, int64_t now)
     }
 }
 
+/* The room is there. */
+static void exchange_roomed(struct exchange *x, int64_t now)
+{
+    if (request_delegates(&x->r))
+        exchange_accept(x, now);
+    else
+        exchange_grant(x, now);
+}
+
+/* The one that this followed is over: go on as it did. */
+static void exchange_step_follow(struct exchange *x, int64_t now)
+{
+    if (x->leader)
+        return;
+    if (!x->led_ok)
+        exchange_fail(x, x->led_why, x->led_re, now);
+    else if (x->is_full)
+        exchange_roomed(x, now);
+    else
+        exchange_verified(x, now);
+}
+
 /* The SFU answered, or not. */
 static void exchange_step_room(struct exchange *x, int64_t now)
 {
@@ -11884,13 +12499,16 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         return;
     bool passing = u->state == UP_FAILED ? u->why != EV_SSRF_DENIED
         : u->head.status >= 500;
+    lk_report(u, now);
     if (u->state == UP_DONE && u->head.status == 200) {
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
-        if (request_delegates(&x->r))
-            exchange_accept(x, now);
-        else
-            exchange_grant(x, now);
+        if (cfg.is_open)
+            memo_get(room_cache, LIM_ROOM_CNT, memo_key('a',
+                (sl){ x->alias, HASH_NAME_LEN }), true)->at
+                = now + LIM_ROOM_MS;
+        exchange_lead(x, true, EV_NONE, RE_SFU);
+        exchange_roomed(x, now);
         return;
     }
     lk_log(u, request_id(c));
@@ -11909,10 +12527,12 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 {
     struct lookup *l = x->lookup;
     if (l->state == L_FAILED) {
-        exchange_fail(x, EV_NONE, RE_UNAUTHORIZED, now);
+        exchange_fail(x, EV_NONE, l->why == EV_TLS_BUDGET ? RE_LIMITED
+            : RE_UNAUTHORIZED, now);
     } else if (l->state == L_DONE) {
         x->user_len = (uint8_t)l->user.len;
         memcpy(x->user, l->user.p, l->user.len);
+        exchange_lead(x, true, EV_NONE, RE_UNAUTHORIZED);
         exchange_drop(x, now);
         exchange_verified(x, now);
     }
@@ -11933,7 +12553,13 @@ static void exchange_admit(struct exchange *x, int64_t now)
         exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
         return;
     }
-    if (lookup_may_open(x->dest, x->is_listed))
+    size_t leader = exchange_find_lookup(x);
+    if (leader < LIM_SLOT_CNT) {
+        exchange_follow(x, leader);
+        exchange_wake(X_WAIT, x->dest);
+        return;
+    }
+    if (lookup_may_open(x->dest, x->is_listed, now))
         x->lookup = lookup_open(KIND_EXCHANGE,
             (uint16_t)(x - exchange_pool), &x->name, x->r.access_token,
             request_id(c), now);
@@ -11981,6 +12607,9 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
         if (store_is_done[idx])
             exchange_delegated(x, now);
         break;
+    case X_FOLLOW:
+        exchange_step_follow(x, now);
+        break;
     }
     return STEP_WAIT;
 }
@@ -11993,7 +12622,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
     (void)revents;
     api_resolved(a, now);
     for (size_t i = 0; was_pending && !a->lookup && i < LIM_SLOT_CNT; i++)
-        if (exchange_pool[i].state == X_API && exchange_pool[i].api == a)
+        if (exchange_states[i] == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
     if (was_pending && !a->lookup)
         exchange_wake(X_WAIT, 0);
@@ -12005,8 +12634,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
 static bool exchange_has_queue(uint64_t dest)
 {
     for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
-        if (exchange_pool[i].state == X_WAIT
-            && exchange_pool[i].dest == dest)
+        if (exchange_states[i] == X_WAIT && exchange_pool[i].dest == dest)
             return true;
     return false;
 }
@@ -12018,7 +12646,7 @@ static bool exchange_may_wait(const struct exchange *x)
     if (x->is_listed)
         return true;
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
-        if (exchange_pool[i].state == X_WAIT) {
+        if (exchange_states[i] == X_WAIT) {
             strangers += !exchange_pool[i].is_listed;
             same += exchange_pool[i].dest == x->dest;
         }
@@ -12042,6 +12670,13 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     struct exchange *x = &exchange_pool[conn_idx(c)];
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
     must(x->state == X_FREE);
+    if (cfg.rate_addr.burst && !rate_ok(memo_key(c->client.v6 ? '6' : '4',
+            (sl){ c->client.b, c->client.v6 ? 8 : 4 }), &cfg.rate_addr,
+            now)) {
+        LOG(EV_ADDR_LIMIT, KV("req", request_id(c)));
+        conn_error(c, RE_LIMITED, NULL, now);
+        return;
+    }
     memset(x, 0, sizeof *x);
     x->endpoint = endpoint;
     x->since = now;
@@ -12069,8 +12704,9 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
     else if (!token_ok(x->r.access_token))
         exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
-    else if (lookup_may_open(x->dest, x->is_listed)
-             && !exchange_has_queue(x->dest))
+    else if ((lookup_may_open(x->dest, x->is_listed, now)
+              && !exchange_has_queue(x->dest))
+             || exchange_find_lookup(x) < LIM_SLOT_CNT)
         exchange_admit(x, now);
     else if (!exchange_may_wait(x))
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
@@ -12259,16 +12895,31 @@ static void io_nodelay(int fd)
 }
 
 /* The next waiting client: its descriptor, or -errno. */
-static int io_accept(int listener)
+static int io_accept(int listener, struct ip *peer)
 {
+    struct sockaddr_storage sa = { .ss_family = AF_UNSPEC };
+    socklen_t len = sizeof sa;
     int fd;
     do
-        fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        fd = accept4(listener, (struct sockaddr *)&sa, &len,
+            SOCK_NONBLOCK | SOCK_CLOEXEC);
     while (fd < 0 && (errno == EINTR || errno == ECONNABORTED));
     if (fd < 0)
         return -errno;
+    *peer = (struct ip){ .v6 = sa.ss_family == AF_INET6 };
+    if (sa.ss_family == AF_INET)
+        memcpy(peer->b, &((struct sockaddr_in *)&sa)->sin_addr, 4);
+    else if (peer->v6)
+        memcpy(peer->b, &((struct sockaddr_in6 *)&sa)->sin6_addr, 16);
+    *peer = ip_unwrap(*peer);
     io_nodelay(fd);
     return fd;
+}
+
+static int io_spare(int fd)
+{
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? -errno : copy;
 }
 
 /* Begin a connection. Returns the descriptor; -EACCES: denied by policy. */
@@ -12535,7 +13186,8 @@ static unsigned cfg_fault_cnt;
 static uint8_t file_buf[LIM_FILE_LEN];
 
 enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
-    ENV_LIST, ENV_OVERRIDE, ENV_LATER, ENV_LATER_SECRET };
+    ENV_LIST, ENV_OVERRIDE, ENV_RATE, ENV_CIDRS, ENV_LATER,
+    ENV_LATER_SECRET };
 
 #define TO(member) &cfg.member
 /* X(name, kind, target, count, min, max, scale, default, help) */
@@ -12582,7 +13234,8 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       0, 0, 0, "", "only these server names are looked up; *.suffix") \
     X(LKJWT_BLOCKED_HOMESERVERS, ENV_LIST, TO(blocked), TO(blocked_cnt), \
       0, 0, 0, "", "these server names are refused; *.suffix") \
-    X(LKJWT_ALLOW_NETWORKS, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+    X(LKJWT_ALLOW_NETWORKS, ENV_CIDRS, TO(network), TO(network_cnt), 0, 0, \
+      0, "", \
       "CIDRs that any homeserver may lie in") \
     X(LKJWT_PRIVATE_NETWORKS, ENV_OTHER, NULL, NULL, 0, 0, 0, "auto", \
       "deny: no private address but by LKJWT_ALLOW_NETWORKS") \
@@ -12620,6 +13273,26 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       "10000", "delegated leaves held") \
     X(LKJWT_JOBS_PER_USER, ENV_NUMBER, TO(jobs_per_user), NULL, 0, \
       LIM_JOB_CNT, 1, "16", "of them per user") \
+    X(LKJWT_BREAKER_FAILURES, ENV_NUMBER, TO(breaker), NULL, 0, 100, 1, "5", \
+      "failures running after which a peer is not asked for a while; 0: off") \
+    X(LKJWT_TLS_COLD_PER_S, ENV_NUMBER, TO(tls_cold_per_s), NULL, 0, 1000, \
+      1, "25", "full TLS handshakes a second with servers not named here") \
+    X(LKJWT_RATE_USER, ENV_RATE, TO(rate_user), NULL, 0, 0, 0, "30:0.5", \
+      "requests of a user: burst:per_second, or off") \
+    X(LKJWT_RATE_SERVER, ENV_RATE, TO(rate_server), NULL, 0, 0, 0, \
+      "200:20", "the same of a server not named here; under the lone `*` " \
+      "2000:100") \
+    X(LKJWT_RATE_ROOMS_USER, ENV_RATE, TO(rate_room_user), NULL, 0, 0, 0, \
+      "20:0.0167", "new rooms of a user under the lone `*`") \
+    X(LKJWT_RATE_ROOMS_SERVER, ENV_RATE, TO(rate_room_server), NULL, \
+      0, 0, 0, "500:5", "the same of a server") \
+    X(LKJWT_RATE_ADDR, ENV_RATE, TO(rate_addr), NULL, 0, 0, 0, "off", \
+      "requests of a client address; needs LKJWT_TRUSTED_PROXIES") \
+    X(LKJWT_CONNS_PER_ADDR, ENV_NUMBER, TO(conns_per_addr), NULL, 0, \
+      LIM_CONN_CNT, 1, "0", "connections of a client address; 0: off; " \
+      "needs LKJWT_TRUSTED_PROXIES") \
+    X(LKJWT_TRUSTED_PROXIES, ENV_CIDRS, TO(proxy), TO(proxy_cnt), 0, 0, 0, \
+      "", "CIDRs of proxies whose X-Forwarded-For is believed") \
     X(LKJWT_LAME_DUCK_S, ENV_NUMBER, TO(lame_duck_ms), NULL, 0, 600, 1000, \
       "0", "seconds from SIGTERM to the end of accepting") \
     X(LKJWT_DRAIN_S, ENV_NUMBER, TO(drain_ms), NULL, 0, 600, 1000, "7", \
@@ -12743,6 +13416,25 @@ static void cfg_list(const struct env_row *r, sl v)
         }
         ((sl *)r->to)[(*r->cnt)++] = word;
     }
+}
+
+static void cfg_cidrs(const struct env_row *r, sl v)
+{
+    sl word;
+    while (sl_word(&v, ", \t\r\n", &word))
+        if (*r->cnt == LIM_LIST_CNT
+            || !cidr_parse(word, &((struct cidr *)r->to)[(*r->cnt)++])) {
+            cfg_say(EV_CONFIG_BAD, r->name,
+                "must be address[/bits], commas between");
+            return;
+        }
+}
+
+static void cfg_rate(const struct env_row *r, sl v)
+{
+    if (!rate_parse(v.len ? v : sl_str(r->def), r->to))
+        cfg_say(EV_CONFIG_BAD, r->name,
+            "must be burst:per_second (1..1000000:0.0001..10000), or off");
 }
 
 /* Parse a base URL. `tls` is what a missing scheme means. */
@@ -13037,19 +13729,17 @@ static void cfg_access(void)
             "`*` beside other entries matches nothing");
     if (cfg.is_open && !cfg.private_deny)
         LOG0(EV_PRIVATE_OPEN);
+    if (cfg.is_open && env_get("LKJWT_RATE_SERVER").len == 0)
+        cfg.rate_server = (struct rate){ 2000, 10000 };
+    if ((cfg.rate_addr.burst || cfg.conns_per_addr) && !cfg.proxy_cnt)
+        cfg_say(EV_CONFIG_BAD, "LKJWT_TRUSTED_PROXIES",
+            "required by LKJWT_RATE_ADDR and LKJWT_CONNS_PER_ADDR: behind a "
+            "proxy all clients have its address");
 }
 
 static void cfg_networks(void)
 {
-    sl v = env_get("LKJWT_ALLOW_NETWORKS"), word;
-    while (sl_word(&v, ", \t\r\n", &word))
-        if (cfg.network_cnt == LIM_LIST_CNT
-            || !cidr_parse(word, &cfg.network[cfg.network_cnt++])) {
-            cfg_say(EV_CONFIG_BAD, "LKJWT_ALLOW_NETWORKS",
-                "must be address[/bits], commas between");
-            return;
-        }
-    v = env_get("LKJWT_PRIVATE_NETWORKS");
+    sl v = env_get("LKJWT_PRIVATE_NETWORKS");
     cfg.private_deny = sl_eq(v, SL("deny"));
     if (v.len && !cfg.private_deny && !sl_eq(v, SL("auto")))
         cfg_say(EV_CONFIG_BAD, "LKJWT_PRIVATE_NETWORKS",
@@ -13221,6 +13911,8 @@ static void cfg_table(void)
         case ENV_TEXT:     *(sl *)r->to = v; break;
         case ENV_FLAG:     cfg_flag(r, v); break;
         case ENV_NUMBER:   cfg_number(r, v); break;
+        case ENV_RATE:     cfg_rate(r, v); break;
+        case ENV_CIDRS:    cfg_cidrs(r, v); break;
         case ENV_LIST:     cfg_list(r, v); break;
         case ENV_OVERRIDE: cfg_overrides(r, v); break;
         case ENV_OTHER:
@@ -14083,25 +14775,49 @@ static void loop_round(const sigset_t *mask)
 static struct listener { int fd; bool is_metrics; struct addr addr; }
     listener_pool[LIM_LISTEN_CNT];
 
+/* Kept for the moment when there is no other: a client that cannot be
+ * served is told, and does not stay in the listener's queue. */
+static int spare_fd = -1;
+
+/* No descriptor is free: the oldest idle client's, else the spare one
+ * serves to turn one client away. False: nothing helps now. */
+static bool listen_full(struct listener *l, int err, int64_t now)
+{
+    struct ip peer;
+    LOG(EV_FD_FULL, KV("error", sl_str(strerror(err))));
+    if (err != EMFILE && err != ENFILE)
+        return false;
+    struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now);
+    if (old) {
+        conn_close(old);
+        return true;
+    }
+    if (spare_fd < 0)
+        return false;
+    io_close(&spare_fd);
+    int fd = io_accept(l->fd, &peer);
+    if (fd >= 0)
+        conn_turn_away(fd, EV_CONN_FULL);
+    spare_fd = io_spare(l->fd);
+    return fd >= 0;
+}
+
 /* Accept what waits, a few at a time; rest where no descriptor is free. */
 static enum step listen_step(size_t idx, int revents, int64_t now)
 {
     struct listener *l = &listener_pool[idx];
     (void)revents;
     for (int k = 0; k < 16 && l->fd >= 0; k++) {
-        int fd = io_accept(l->fd);
+        struct ip peer;
+        int fd = io_accept(l->fd, &peer);
         if (fd == -EAGAIN)
             break;
         if (fd >= 0) {
-            conn_open(fd, l->is_metrics, now);
-            continue;
+            conn_open(fd, &peer, l->is_metrics, now);
+        } else if (!listen_full(l, -fd, now)) {
+            loop_set(KIND_LISTEN, idx, l->fd, 0, now + 100);
+            return STEP_WAIT;
         }
-        struct conn *old = conn_oldest_idle(0, LIM_SLOT_CNT, now);
-        LOG(EV_FD_FULL, KV("error", sl_str(strerror(-fd))));
-        if (old)
-            conn_close(old);
-        loop_set(KIND_LISTEN, idx, l->fd, 0, now + 100);
-        return STEP_WAIT;
     }
     loop_set(KIND_LISTEN, idx, l->fd, POLLIN, INT64_MAX);
     return STEP_WAIT;
@@ -14395,6 +15111,8 @@ static bool main_listen(const struct bind *b, size_t idx, bool is_metrics)
     if (!b->is_unix)
         a.port = io_port(fd);
     listener_pool[idx] = (struct listener){ fd, is_metrics, a };
+    if (spare_fd < 0)
+        spare_fd = io_spare(fd);
     return true;
 }
 
@@ -14466,13 +15184,17 @@ static bool main_begin(void)
 static void main_limits(void)
 {
     struct log_kv kv[COUNT_OF(env_tab) + 1];
-    uint8_t text[COUNT_OF(env_tab)][20];
+    uint8_t text[COUNT_OF(env_tab)][32];
     size_t n = 0;
     for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
         const struct env_row *r = &env_tab[i];
+        struct bb b = BB(text[i]);
         if (r->kind == ENV_NUMBER)
-            kv[n++] = (struct log_kv)KV(r->name, text_u64(text[i],
-                (uint64_t)(*(const int64_t *)r->to / r->scale)));
+            bb_u64(&b, (uint64_t)(*(const int64_t *)r->to / r->scale));
+        else if (r->kind == ENV_RATE)
+            bb_rate(&b, r->to);
+        if (b.len)
+            kv[n++] = (struct log_kv)KV(r->name, { text[i], b.len });
     }
     kv[n] = (struct log_kv){ NULL, { NULL, 0 } };
     log_event(EV_LIMITS, kv);
@@ -14647,13 +15369,12 @@ static void check_line(const char *step, bool ok, sl text)
  * the key is accepted, and changes nothing. */
 static void check_build(uint16_t idx, struct bb *b)
 {
-    static const uint8_t nobody[HASH_NAME_LEN] =
-        "lkjwt-check-lkjwt-check-lkjwt-check-lkjwt-c";
+    const sl nobody = SL("lkjwt-check-lkjwt-check-lkjwt-check-lkjwt-c");
     uint8_t text[128];
     struct bb body = BB(text);
     (void)idx;
-    pb_participant(&body, (sl){ nobody, sizeof nobody }, SL("nobody"));
-    lk_put(b, "GetParticipant", (sl){ nobody, sizeof nobody },
+    pb_participant(&body, nobody, SL("nobody"));
+    lk_put(b, "GetParticipant", nobody,
         (sl){ text, body.len }, (sl){ NULL, 0 });
 }
 

@@ -10,6 +10,13 @@ enum jt_want {
     JW_UNLINK
 };
 
+#ifndef SYS_mmap                  /* 32 bits: the same, offsets in pages */
+#define SYS_mmap SYS_mmap2
+#endif
+#ifdef SYS_fcntl64                /* 32 bits: the one that libraries call */
+#undef SYS_fcntl
+#define SYS_fcntl SYS_fcntl64
+#endif
 #ifdef __x86_64__
 #define JT_N(name) #name, SYS_##name
 #else
@@ -426,18 +433,16 @@ static void test_jail(void)
             jt_numbers(at);
             jt_beyond(at);
         }
+    /* qemu-user has no seccomp: there the program is read, not run. */
+#ifndef UNIT_EMULATED
     for (size_t at = 0; at < COUNT_OF(jt_arch_tab); at++) {
-#if defined __x86_64__
-        bool is_here = jt_arch_tab[at].arch == JA_X86_64;
-#elif defined __aarch64__
-        bool is_here = jt_arch_tab[at].arch == JA_AARCH64;
-#else
-        bool is_here = jt_arch_tab[at].arch == JA_ARMV7;
-#endif
-        if (!is_here)
+        if (jt_arch_tab[at].arch != jail_here)
             continue;
         jt_prog_len = jail_filter(jt_arch_tab[at].arch, false, false,
             jt_prog);
         jt_in_kernel();
     }
+#else
+    (void)jt_in_kernel;
+#endif
 }

@@ -2602,7 +2602,8 @@ static void test_faults(void)
             }
             row(name_of("%ld calls fail in turn: %s%s", calls, err_name[e],
                         tls ? ", discovery by TLS" : ""), odd == 0
-                && left == 0 && ok + refused + closed == calls + 1 && ok > 0
+                && left == 0 && (long)(ok + refused + closed) == calls + 1
+                && ok > 0
                 && (err[e] != EINTR || refused + closed == 0)
                 && (err[e] != 0 || closed == 0), "%u ok, %u refused, %u "
                 "closed, %u odd, %u left", ok, refused, closed, odd, left);
