@@ -300,6 +300,8 @@ enum {
     LIM_NAME_LEN     = 263,    /* host:port */
 
     LIM_LOOKUP_MS  = 20000,    /* userinfo in all; LKJWT_LOOKUP_TIMEOUT_S */
+    LIM_SLACK_MS   = 4000,     /* a request in all: LIM_LOOKUP_MS, and this */
+                               /* for a late lookup, and again for a room */
     LIM_DNS_MS     = 5000,
     LIM_CONNECT_MS = 5000,
     LIM_TLS_MS     = 5000,
@@ -7118,8 +7120,8 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
 {
     uint8_t addr[64], num[20];
     if (l->state == L_WELL_KNOWN && !l->is_client)   /* nobody shall wait */
-        wk_finish(l, (sl){ NULL, 0 }, why == EV_TLS_BUDGET ? -1 : 0, true,
-            io_now());
+        wk_finish(l, (sl){ NULL, 0 },
+            why == EV_TLS_BUDGET ? INT64_MIN : 0, true, io_now());
     if (why != EV_BREAKER_OPEN)
         lookup_report(l, why);
     bool has_addr = l->up && l->up->has_addr;
@@ -7378,7 +7380,7 @@ static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
     int64_t now)
 {
     struct wk *w = wk_slot(l->name.whole, now);
-    if (w && ttl_s < 0) {                /* not asked: the next one may */
+    if (w && ttl_s == INT64_MIN) {       /* not asked: the next one may */
         w->state = w->len ? WK_OK : WK_NONE;
         w->until = now;
     } else if (w && dn.len) {
@@ -7699,7 +7701,7 @@ static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
 
 /* A lookup of a checked name, not started yet. NULL: none free. */
 static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
-    const struct name *name, int64_t now)
+    const struct name *name, int64_t since, int64_t now)
 {
     size_t i = 0;
     while (i < LIM_UP_CNT && lookup_hot[i].is_used)
@@ -7720,17 +7722,19 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
     lookup_hot[i].is_listed = l->is_listed;
     lookup_hot[i].is_known = l->is_known;
     l->trust = name_trust(&l->name, l->is_listed);
-    l->end = now + cfg.lookup_ms;
+    int64_t end = since + LIM_SLACK_MS;
+    l->end = (now < end ? now : end) + cfg.lookup_ms;
     lookup_keep_name(l->dn_text, &l->dn, l->name.whole);
     return l;
 }
 
 /* Start asking whose token it is; the caller asked lookup_may_open. token
- * and req must live until lookup_close. Returns NULL: none free. */
+ * and req must live until lookup_close. since: when the client asked, whose
+ * patience counts. Returns NULL: none free. */
 static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
-    const struct name *name, sl token, sl req, int64_t now)
+    const struct name *name, sl token, sl req, int64_t since, int64_t now)
 {
-    struct lookup *l = lookup_take(owner, owner_idx, name, now);
+    struct lookup *l = lookup_take(owner, owner_idx, name, since, now);
     if (!l)
         return NULL;
     l->token = token;
@@ -7759,7 +7763,7 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
 static struct lookup *lookup_open_client(uint16_t api,
     const struct name *name, int64_t now)
 {
-    struct lookup *l = lookup_take(KIND_API, api, name, now);
+    struct lookup *l = lookup_take(KIND_API, api, name, now, now);
     if (!l)
         return NULL;
     l->is_client = true;
@@ -11083,7 +11087,7 @@ struct conn {
     int fd;                          /* -1: the client left while waiting */
     bool is_keep, is_eof, is_refused;
     uint16_t code;                   /* of the reply */
-    size_t in_len, head_len;
+    size_t in_len, in_top, head_len; /* in_top: bytes not yet wiped */
     size_t out_off, out_len;
     uint8_t out_big;                 /* pending reply in a big buffer */
     uint8_t req_len, req[LIM_REQUEST_ID_LEN];
@@ -11142,12 +11146,26 @@ static void conn_watch(struct conn *c)
     loop_set(KIND_CONN, conn_idx(c), c->fd, want, c->end);
 }
 
+/* Forget the request, the token in it first (T30); what lies behind it in
+ * the buffer moves to its front. */
+static void conn_forget(struct conn *c, size_t used)
+{
+    uint8_t *in = conn_in[conn_idx(c)];
+    memmove(in, in + used, c->in_len - used);
+    c->in_len -= used;
+    wipe(in + c->in_len, c->in_top - c->in_len);
+    c->in_top = c->in_len;
+    if (c->body.big)
+        wipe(big_buf(c->body.big), c->body.len);
+    big_free(&c->body.big);
+}
+
 static void conn_close(struct conn *c)
 {
     if (c->state == C_FREE)
         return;
     io_close(&c->fd);
-    big_free(&c->body.big);
+    conn_forget(c, c->in_len);
     big_free(&c->out_big);
     c->state = C_FREE;
     loop_set(KIND_CONN, conn_idx(c), -1, 0, INT64_MAX);
@@ -11157,11 +11175,7 @@ static void conn_close(struct conn *c)
 /* Ready for the next request; what of it has arrived stays. */
 static void conn_next(struct conn *c, int64_t now)
 {
-    uint8_t *in = conn_in[conn_idx(c)];
-    size_t used = c->head_len + (c->body.big ? 0 : c->body.len);
-    memmove(in, in + used, c->in_len - used);
-    c->in_len -= used;
-    big_free(&c->body.big);
+    conn_forget(c, c->head_len + (c->body.big ? 0 : c->body.len));
     c->body = (struct intake){ 0 };
     c->head = (struct h1_head){ 0 };
     c->head_len = 0;
@@ -11690,6 +11704,7 @@ static void conn_read(struct conn *c, int64_t now)
         c->begin_us = io_now_us();
     }
     c->in_len += (size_t)n;
+    c->in_top = c->in_len > c->in_top ? c->in_len : c->in_top;
 }
 
 static bool exchange_gone(size_t idx, int64_t now);
@@ -11876,7 +11891,7 @@ static const struct route route_tab[] = {
  * X3  X_ROOM_WAIT  an SFU slot      X4            500 after 10 s
  * X4  X_ROOM       section 19       reply         X5 once, then 500
  * X5  X_ROOM_PAUSE 200 ms           X4            -
- * X6  X_API        section 18, APIs X3, reply     400
+ * X6  X_API        section 18, APIs X3, reply     400 in time
  * X7  X_STORE      Redis            reply         reply: memory has it
  * X8  X_FOLLOW     another's X2, X3 as that one   as that one
  * X6 stands between X2 and X3 when a delayed event is handed over. X8 is
@@ -12275,6 +12290,13 @@ static void lk_build_room(uint16_t idx, struct bb *b)
         request_id(&conn_pool[idx]));
 }
 
+/* By when a room must be there, lest the client or its proxy gives up. */
+static int64_t exchange_room_end(const struct exchange *x, int64_t now)
+{
+    int64_t end = x->since + cfg.lookup_ms + 2 * LIM_SLACK_MS;
+    return end < now + LIM_RPC_MS ? end : now + LIM_RPC_MS;
+}
+
 /* Whether a room may be created that was not of late. Only under the lone
  * `*` is that counted (T5). */
 static bool exchange_new_room(struct exchange *x, int64_t now)
@@ -12376,15 +12398,15 @@ static void exchange_delegate(struct exchange *x, int64_t now)
     if (!x->api)
         x->api = api_find(x->name.whole, now);
     enum res got = x->api ? api_resolve(x->api, now) : RES_FAILED;
-    if (got == RES_WAIT) {
-        x->end = INT64_MAX;
+    if (got == RES_WAIT && now < exchange_room_end(x, now)) {
+        x->end = exchange_room_end(x, now);
         exchange_set(x, X_API);
-    } else if (got == RES_FAILED) {
+    } else if (got != RES_OK) {
         exchange_fail(x, EV_API_UNKNOWN, RE_NO_API, now);
     } else if (x->endpoint == EP_DELEGATE) {
         exchange_accept(x, now);
     } else {
-        x->end = now + LIM_RPC_MS;
+        x->end = exchange_room_end(x, now);
         exchange_room(x, now);
     }
 }
@@ -12463,7 +12485,7 @@ static void exchange_verified(struct exchange *x, int64_t now)
     else if (!x->is_full)
         exchange_grant(x, now);
     else {
-        x->end = now + LIM_RPC_MS;
+        x->end = exchange_room_end(x, now);
         exchange_room(x, now);
     }
 }
@@ -12562,7 +12584,7 @@ static void exchange_admit(struct exchange *x, int64_t now)
     if (lookup_may_open(x->dest, x->is_listed, now))
         x->lookup = lookup_open(KIND_EXCHANGE,
             (uint16_t)(x - exchange_pool), &x->name, x->r.access_token,
-            request_id(c), now);
+            request_id(c), x->since, now);
     if (!x->lookup) {
         exchange_queue(x, now);
         return;
@@ -14798,7 +14820,7 @@ static bool listen_full(struct listener *l, int err, int64_t now)
     int fd = io_accept(l->fd, &peer);
     if (fd >= 0)
         conn_turn_away(fd, EV_CONN_FULL);
-    spare_fd = io_spare(l->fd);
+    spare_fd = io_spare(STDERR_FILENO);
     return fd >= 0;
 }
 
@@ -15112,7 +15134,7 @@ static bool main_listen(const struct bind *b, size_t idx, bool is_metrics)
         a.port = io_port(fd);
     listener_pool[idx] = (struct listener){ fd, is_metrics, a };
     if (spare_fd < 0)
-        spare_fd = io_spare(fd);
+        spare_fd = io_spare(STDERR_FILENO);
     return true;
 }
 
@@ -15440,19 +15462,20 @@ static void check_homeserver(int64_t now)
     bool denied = name_denied(&n);
     bool full = has_full_access(n.whole);
     check_line("name", !denied, denied
-        ? sl_str(event_tab[EV_SERVER_DENIED].text)
+        ? SL("refused by LKJWT_BLOCKED_HOMESERVERS or "
+             "LKJWT_ALLOWED_HOMESERVERS")
         : full ? SL("full access: may create rooms")
                : SL("restricted: may join rooms that exist"));
     check_failed |= denied;
     check_lookup = lookup_open(KIND_SIGNAL, 0, &n, SL("lkjwt-check"),
-        (sl){ NULL, 0 }, now);
+        (sl){ NULL, 0 }, now, now);
     if (!check_lookup)
         return;
     check_run(check_lookup_over);
     struct lookup *l = check_lookup;
     bool ok = l->why == EV_TOKEN_UNKNOWN;
     sl at = l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
-        : SL("no address");
+        : n.whole;
     const char *hint = ok ? "knows OpenID tokens; all is well"
         : l->why == EV_REPLY_STATUS
         ? "answers, but not to OpenID look-ups: is its `openid` or "
@@ -15482,8 +15505,15 @@ static void check_redis(int64_t now)
     rds_start(RDS_MAIN, now);
     check_run(check_redis_over);
     bool ok = rds_is_up(RDS_MAIN);
-    check_line("redis", ok, ok ? SL("answers, log-in accepted")
-        : sl_str(rds_last_fault));
+    const struct redis_url *r = &cfg.redis;
+    sl at = r->is_unix ? r->path : r->host;
+    char text[400], port[8] = "";
+    if (!r->is_unix)
+        snprintf(port, sizeof port, ":%u", r->port);
+    snprintf(text, sizeof text, "%.*s%s: %s",
+        (int)(at.len < 256 ? at.len : 256), (const char *)at.p, port,
+        ok ? "answers, log-in accepted" : rds_last_fault);
+    check_line("redis", ok, sl_str(text));
     check_failed |= !ok;
 }
 

@@ -403,7 +403,7 @@ def test_connections_of_an_address(rig):
             if reply.status == 503:
                 break
             wires.append(s.wire())
-        assert reply.status == 503 and s.events("ADDR_LIMIT")
+        assert reply.status == 503 and s.wait_event("ADDR_LIMIT")
         for w in wires:
             w.close()
         wait_for("room", lambda: s.metrics()["lkjwt_connections"] <= 1)
@@ -489,7 +489,7 @@ def test_the_spare_descriptor_answers(rig):
                     held.append(w)
                 return [t for t in told if t.startswith(b"HTTP/1.1 503 ")]
             wait_for("a refusal", turned_away)
-            assert s.events("FD_FULL")
+            s.wait_event("FD_FULL")
             resource.prlimit(s.pid, resource.RLIMIT_NOFILE, limits)
             for w in held:
                 w.close()
