@@ -491,7 +491,8 @@ enum {
     X(RATE_USER,      1503, 'i', "user asks too often") \
     X(RATE_SERVER,    1504, 'w', "users of this server ask too often") \
     X(RATE_ROOMS,     1505, 'w', "too many new rooms") \
-    X(ADDR_LIMIT,     1506, 'i', "client address asks too often") \
+    X(ADDR_LIMIT,     1506, 'i', \
+      "client address asks too often or has too many connections") \
     X(TLS_BUDGET,     1507, 'w', \
       "no turn for a TLS handshake with this server in time") \
     X(BREAKER_OPEN,   1508, 'i', \
@@ -2139,10 +2140,11 @@ MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
 }
 
 /* The client that trusted proxies name in X-Forwarded-For: from the right,
- * the first address that is none of theirs. *out stays where an entry is no
- * address: what its left says was not written by a proxy we trust.
- * Trust    the rightmost entry is a trusted proxy's, the rest anybody's. */
-static void forwarded_client(sl v_raw, const struct cidr *proxy, size_t cnt,
+ * the first address that is none of theirs.
+ * Trust    the rightmost entry is a trusted proxy's, the rest anybody's.
+ * Returns  false: none there. What stands left of an entry that is no
+ *          address was not written by a proxy we trust. */
+static bool forwarded_client(sl v_raw, const struct cidr *proxy, size_t cnt,
     struct ip *out)
 {
     while (v_raw.len) {
@@ -2150,16 +2152,16 @@ static void forwarded_client(sl v_raw, const struct cidr *proxy, size_t cnt,
         while (at > 0 && v_raw.p[at - 1] != ',')
             at--;
         sl word = sl_trim(sl_skip(v_raw, at));
-        struct ip ip;
         if (sl_starts(word, SL("[")) && sl_ends(word, SL("]")))
             word = (sl){ word.p + 1, word.len - 2 };
-        if (!ip_parse(word, &ip))
-            return;
-        *out = ip_unwrap(ip);
+        if (!ip_parse(word, out))
+            return false;
+        *out = ip_unwrap(*out);
         if (!ip_in_any(out, proxy, cnt))
-            return;
+            return true;
         v_raw.len = at ? at - 1 : 0;
     }
+    return false;
 }
 
 /* Read a head, line by line; call again with more bytes of the same.
@@ -6104,6 +6106,7 @@ static bool rate_ok(uint64_t key, const struct rate *r, int64_t now)
  * B1  closed     LKJWT_BREAKER_FAILURES failures running    B2
  * B2  open       its pause          B3
  * B3  half-open  the one request    B1 on success, B2 longer on failure
+ * Delayed events that cannot wait go out all the same: job_presses (21).
  */
 enum verdict { PEER_OK, PEER_FAILED, PEER_UNASKED };
 
@@ -6139,7 +6142,7 @@ static bool breaker_refuses(struct memo *b, int64_t now)
 }
 
 /* Count the end of a request. What was under way when the breaker opened
- * is not counted again. */
+ * is not counted again; while a probe is out it is taken for the probe. */
 static void breaker_report(struct memo *b, enum class class, enum verdict v,
     sl name, int64_t now)
 {
@@ -6150,7 +6153,7 @@ static void breaker_report(struct memo *b, enum class class, enum verdict v,
         b->at = 0;
     } else if (v == PEER_UNASKED) {
         b->at = was_trying ? now : b->at;
-    } else if (cfg.breaker && (was_trying || !breaker_is_open(b, now))) {
+    } else if (cfg.breaker && (was_trying || b->cnt < cfg.breaker)) {
         b->cnt = (uint16_t)(b->cnt
             + (b->cnt < cfg.breaker + LIM_PAUSE_STEPS));
         b->at = now;
@@ -6345,12 +6348,13 @@ static uint8_t *up_body(struct up *u)
     return intake_body(&u->intake, up_in[u - up_pool], u->head_len);
 }
 
-/* What an ended call says of its peer, where a 5xx is a failure. */
+/* What a call says of its peer, where a 5xx is a failure; one that is given
+ * up says nothing. */
 static enum verdict up_verdict(const struct up *u)
 {
     if (u->state == UP_DONE)
         return u->head.status >= 500 ? PEER_FAILED : PEER_OK;
-    return peer_verdict(u->why);
+    return u->state == UP_FAILED ? peer_verdict(u->why) : PEER_UNASKED;
 }
 
 static sl up_field(const struct up *u, enum h1_field f)
@@ -6619,6 +6623,7 @@ static void up_tls_failed(struct up *u, enum event why, int detail,
     loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
     chan_close(u->chan);
     u->chan = NULL;
+    u->has_turn = false;
     u->state = UP_DIAL;
     u->stage_end = now + LIM_CONNECT_MS;
     u->stagger_at = now;
@@ -6945,6 +6950,7 @@ struct lookup {
     bool is_client;          /* wants the client-server API's base URL */
     bool is_passing;         /* failed, but may do better next time */
     bool is_listed, is_known;
+    bool is_late;            /* began with little time left */
     bool is_forgetful;       /* delegation already resolved anew */
     const struct override *over;
     struct up *up;
@@ -6966,8 +6972,8 @@ struct lookup {
 static struct lookup lookup_pool[LIM_UP_CNT];
 
 /* What is counted of them before one more begins. */
-static struct { uint64_t dest; bool is_used, is_listed, is_known; }
-    lookup_hot[LIM_UP_CNT];
+static struct { uint64_t dest; bool is_used; } lookup_hot[LIM_UP_CNT];
+static int64_t lookup_active, lookup_strangers, lookup_unknown;
 
 /* Where --check wants to see each step; unset while serving. */
 static void (*note_hook)(const char *step, bool ok, sl text);
@@ -7110,6 +7116,7 @@ static void wk_finish(struct lookup *l, sl dn, int64_t ttl_s, bool passing,
 static void lookup_report(const struct lookup *l, enum event why)
 {
     enum verdict v = why == EV_NONE ? PEER_OK : peer_verdict(why);
+    v = v == PEER_FAILED && l->is_late ? PEER_UNASKED : v;
     struct memo *b = l->is_client ? NULL : memo_get(breaker_cache,
         LIM_BREAKER_CNT, l->dest, v == PEER_FAILED);
     if (b)
@@ -7488,6 +7495,21 @@ static void lookup_redirect(struct lookup *l, int64_t now)
     lookup_fetch(l, now);
 }
 
+/* The well-known had no turn for its handshake: an old delegation serves,
+ * and nothing is remembered. */
+static void lookup_no_turn(struct lookup *l, int64_t now)
+{
+    struct wk *w = l->is_client ? NULL : wk_slot(l->name.whole, now);
+    l->is_passing = true;
+    if (!w || w->len == 0 || w->good_until <= now) {
+        lookup_fail(l, EV_TLS_BUDGET, "tls");
+        return;
+    }
+    wk_finish(l, (sl){ NULL, 0 }, INT64_MIN, true, now);
+    lookup_drop_up(l, now);
+    lookup_use(l, (sl){ w->text, w->len }, true, now);
+}
+
 /* The well-known call ended. */
 static void lookup_step_wk(struct lookup *l, int64_t now)
 {
@@ -7504,7 +7526,7 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     sl dn = { NULL, 0 };
     struct name n;
     if (u->state == UP_FAILED && u->why == EV_TLS_BUDGET) {
-        lookup_fail(l, u->why, "tls");
+        lookup_no_turn(l, now);
         return;
     }
     if (u->state == UP_FAILED) {
@@ -7674,29 +7696,45 @@ static uint64_t dest_hash(sl name)
     return memo_key('d', name);
 }
 
-/* Whether another lookup of this server may start now. Strangers leave
- * slots to listed servers, and unknown ones half of theirs to the known. */
-static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+/* Whether a lookup may start now, but for its server's own cap. Strangers
+ * leave slots to listed servers, and unknown ones half of theirs to the
+ * known. */
+static bool lookup_has_room(bool is_listed, bool is_known)
 {
-    int64_t active = 0, strangers = 0, unknown = 0, same = 0;
-    int64_t cap = is_listed ? LIM_DEST_LISTED
-        : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
-    for (size_t i = 0; i < LIM_UP_CNT; i++)
-        if (lookup_hot[i].is_used) {
-            active++;
-            strangers += !lookup_hot[i].is_listed;
-            unknown += !lookup_hot[i].is_listed && !lookup_hot[i].is_known;
-            same += lookup_hot[i].dest == dest;
-        }
     int64_t share = (cfg.lookups_max + 1) / 2;
     if (cfg.is_open && cfg.lookups_max > 32)
         share = cfg.lookups_max - 16;
     else if (share > LIM_STRANGER_CNT)
         share = LIM_STRANGER_CNT;
-    if (active >= cfg.lookups_max || same >= cap)
-        return false;
-    return is_listed || (strangers < share && (unknown < (share + 1) / 2
-        || memo_holds(known_cache, LIM_KNOWN_CNT, dest, now)));
+    return lookup_active < cfg.lookups_max
+        && (is_listed || (lookup_strangers < share
+            && (is_known || lookup_unknown < (share + 1) / 2)));
+}
+
+static bool dest_is_known(uint64_t dest, int64_t now)
+{
+    return memo_holds(known_cache, LIM_KNOWN_CNT, dest, now);
+}
+
+/* Whether another lookup of this server may start now. */
+static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+{
+    int64_t same = 0, cap = is_listed ? LIM_DEST_LISTED
+        : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
+    for (size_t i = 0; i < LIM_UP_CNT; i++)
+        same += lookup_hot[i].is_used && lookup_hot[i].dest == dest;
+    return same < cap
+        && lookup_has_room(is_listed, dest_is_known(dest, now));
+}
+
+/* Count a lookup that begins, 1, or has ended, -1. */
+static void lookup_count(const struct lookup *l, int64_t n)
+{
+    lookup_hot[lookup_idx(l)].dest = l->dest;
+    lookup_hot[lookup_idx(l)].is_used = n > 0;
+    lookup_active += n;
+    lookup_strangers += l->is_listed ? 0 : n;
+    lookup_unknown += l->is_listed || l->is_known ? 0 : n;
 }
 
 /* A lookup of a checked name, not started yet. NULL: none free. */
@@ -7716,14 +7754,12 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
     lookup_keep_name(l->text, &l->name, name->whole);
     l->dest = dest_hash(l->name.whole);
     l->is_listed = name_is_listed(l->name.whole);
-    l->is_known = memo_holds(known_cache, LIM_KNOWN_CNT, l->dest, now);
-    lookup_hot[i].dest = l->dest;
-    lookup_hot[i].is_used = true;
-    lookup_hot[i].is_listed = l->is_listed;
-    lookup_hot[i].is_known = l->is_known;
+    l->is_known = dest_is_known(l->dest, now);
+    lookup_count(l, 1);
     l->trust = name_trust(&l->name, l->is_listed);
     int64_t end = since + LIM_SLACK_MS;
     l->end = (now < end ? now : end) + cfg.lookup_ms;
+    l->is_late = l->end < now + LIM_REPLY_MS && now > end;
     lookup_keep_name(l->dn_text, &l->dn, l->name.whole);
     return l;
 }
@@ -7779,7 +7815,7 @@ static void lookup_close(struct lookup *l, int64_t now)
     lookup_drop_up(l, now);
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     l->state = L_FREE;
-    lookup_hot[lookup_idx(l)].is_used = false;
+    lookup_count(l, -1);
 }
 
 /* ---- client-server APIs: where delayed events are restarted and sent ---
@@ -8816,9 +8852,7 @@ static void job_close_look(struct job *j, int64_t now)
 {
     if (!j->look)
         return;
-    if (j->look->state != UP_DONE && j->look->state != UP_FAILED)
-        breaker_report(&lk_breaker, CLASS_OPERATOR, PEER_UNASKED,
-            (sl){ NULL, 0 }, now);
+    lk_report(j->look, now);
     up_close(j->look, now);
     j->look = NULL;
     while (look_waiting) {
@@ -8859,15 +8893,18 @@ static void job_drop_redirect(struct job *j);
 
 static void job_drop_call(struct job *j, int64_t now)
 {
+    struct api *a = &api_pool[j->api];
     job_drop_redirect(j);
     if (!j->call)
         return;
+    breaker_report(&a->breaker, a->trust.class, up_verdict(j->call),
+        job_server(j), now);
     up_close(j->call, now);
     j->call = NULL;
     j->is_second_try = false;
     job_hot_of(j)->is_out = false;
-    api_pool[j->api].active--;
-    api_pool[j->api].sends -= j->is_send;
+    a->active--;
+    a->sends -= j->is_send;
     api_wake_next();
 }
 
@@ -9129,7 +9166,6 @@ static void job_look_ended(struct job *j, int64_t now)
     enum presence p = lk_presence(j->look, (sl){ j->id[j->probe],
         j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
-    lk_report(j->look, now);
     if (p == UNKNOWN && !j->is_unknown)  /* not each time */
         lk_log(j->look, (sl){ NULL, 0 });
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
@@ -9159,13 +9195,15 @@ static void job_start_look(struct job *j, int64_t now)
         j->check_at = now + LIM_TICK_MS / 2;
         return;
     }
-    if (breaker_refuses(&lk_breaker, now)) {
-        j->check_at = now + random_between(LIM_BACKOFF_MIN_MS,
-            LIM_PAUSE_LISTED_MS);
-        return;
-    }
     if (j->followed < 2)
         j->probe = j->followed;
+    if (breaker_refuses(&lk_breaker, now)) {     /* as if it had failed */
+        j->first_unknown = false;
+        job_looked(j, UNKNOWN, (sl){ NULL, 0 }, now);
+        if (j->state != J_OVER && !j->look)
+            j->probe = j->followed == 1;
+        return;
+    }
     j->look = lk_open(KIND_JOB, (uint16_t)job_idx(j), job_build_look,
         now + LIM_RPC_MS, now);
     if (j->look)
@@ -9430,8 +9468,6 @@ static void job_call_ended(struct job *j, int64_t now)
         a->is_stable = !sl_eq(e.errcode, SL("M_UNRECOGNIZED"));
     a->max_out = !is_answered ? 2 : a->max_out < LIM_API_CALLS
         ? a->max_out + 1 : a->max_out;
-    breaker_report(&a->breaker, a->trust.class, up_verdict(j->call),
-        (sl){ a->name, a->name_len }, now);
     job_hot_of(j)->is_last = false;
     job_drop_call(j, now);
     j->redirect = target;
@@ -9515,6 +9551,15 @@ static void job_all_again(const struct api *a, int64_t now)
     }
 }
 
+/* What an open breaker does not hold up: a send's first try and a restart
+ * near its deadline (PROTOCOL sections 8 and 9), the last ones of a stop. */
+static bool job_presses(const struct job *j, int64_t now)
+{
+    const struct job_hot *h = job_hot_of(j);
+    return h->is_last || job_rank(h, now) == 0
+        || (h->want == WANT_SEND && !j->call_wait_ms);
+}
+
 /* Start what an API's pace allows. */
 static void job_run_queue(struct api *a, int64_t now)
 {
@@ -9535,8 +9580,8 @@ static void job_run_queue(struct api *a, int64_t now)
             at = a->next_at;
             break;
         }
-        if (breaker_refuses(&a->breaker, now)) {     /* its end wakes us */
-            at = a->breaker.at;
+        if (breaker_refuses(&a->breaker, now) && !job_presses(j, now)) {
+            at = a->breaker.at;              /* or when its probe ends */
             break;
         }
         if (!job_start_call(j, a->is_stable, now)) {
@@ -11092,8 +11137,10 @@ struct conn {
     uint8_t out_big;                 /* pending reply in a big buffer */
     uint8_t req_len, req[LIM_REQUEST_ID_LEN];
     const struct route *route;       /* NULL: no such path */
-    struct ip peer, client;          /* of the socket; of the request */
-    bool is_proxy;                   /* peer is in LKJWT_TRUSTED_PROXIES */
+    struct ip client;
+    bool is_proxy;                   /* peer is in LKJWT_TRUSTED_PROXIES, or */
+                                     /* behind a socket of the file system */
+    bool has_client;                 /* client is known: it is counted */
     struct h1_head head;
     struct intake body;
     size_t discarded;
@@ -11176,6 +11223,8 @@ static void conn_close(struct conn *c)
 static void conn_next(struct conn *c, int64_t now)
 {
     conn_forget(c, c->head_len + (c->body.big ? 0 : c->body.len));
+    c->is_keep = c->is_refused = false;
+    c->has_client = c->has_client && !c->is_proxy;
     c->body = (struct intake){ 0 };
     c->head = (struct h1_head){ 0 };
     c->head_len = 0;
@@ -11524,6 +11573,13 @@ static bool webhook_refused(struct conn *c, struct h1_body body, int64_t now)
     return true;
 }
 
+static void conn_log_addr(const struct conn *c)
+{
+    uint8_t text[64];
+    LOG(EV_ADDR_LIMIT, KV("req", ((sl){ c->req, c->req_len })),
+        KV("addr", text_addr(text, &(struct addr){ c->client, 0 })));
+}
+
 /* Whether a client address is the same for counting: IPv6 by its /64, one
  * household's. */
 static bool addr_same(const struct ip *a, const struct ip *b)
@@ -11540,20 +11596,19 @@ static bool conn_addr_full(const struct ip *ip, const struct conn *self)
         return false;
     for (size_t i = 0; i < LIM_CONN_CNT + LIM_LANE_CNT; i++) {
         const struct conn *c = &conn_pool[i];
-        same += c != self && c->state != C_FREE
-            && (!c->is_proxy || c->head_len) && addr_same(&c->client, ip);
+        same += c != self && c->state != C_FREE && c->has_client
+            && addr_same(&c->client, ip);
     }
     return same >= cfg.conns_per_addr;
 }
 
 /* Who sends this request: behind a trusted proxy the rightmost address of
- * X-Forwarded-For that is no proxy's. */
+ * X-Forwarded-For that is no proxy's. None: not known, not counted. */
 static void conn_client(struct conn *c, sl in)
 {
-    c->client = c->peer;
     if (c->is_proxy)
-        forwarded_client(h1_get(in, &c->head, H1_FORWARDED_FOR), cfg.proxy,
-            cfg.proxy_cnt, &c->client);
+        c->has_client = forwarded_client(h1_get(in, &c->head,
+            H1_FORWARDED_FOR), cfg.proxy, cfg.proxy_cnt, &c->client);
 }
 
 /* A complete head: decide framing, route and whether a body is read. */
@@ -11576,10 +11631,11 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_is_metrics(c));
     conn_request_id(c, in);
     conn_client(c, in);
-    if (c->is_proxy && c->route && c->route->is_cors
+    if (c->is_proxy && c->has_client && c->route && c->route->is_cors
         && conn_addr_full(&c->client, c)) {
+        c->is_keep = false;
         c->is_refused = true;
-        LOG(EV_ADDR_LIMIT, KV("req", ((sl){ c->req, c->req_len })));
+        conn_log_addr(c);
         conn_error(c, RE_BUSY, NULL, now);
         return;
     }
@@ -11663,6 +11719,7 @@ static void conn_discard(struct conn *c)
     ssize_t n = io_read(c->fd, conn_in[conn_idx(c)], LIM_IN_LEN);
     if (n == -EAGAIN)
         return;
+    c->in_top = n > (ssize_t)c->in_top ? (size_t)n : c->in_top;
     c->discarded += n > 0 ? (size_t)n : 0;
     if (n <= 0 || c->discarded > LIM_LINGER_LEN)
         conn_close(c);
@@ -11795,14 +11852,13 @@ static struct conn *conn_slot(bool is_metrics, int64_t now)
 }
 
 /* Turn an accepted socket away. */
-static void conn_turn_away(int fd, enum event why)
+static void conn_turn_away(int fd)
 {
     uint8_t text[160];
     struct bb b = BB(text);
     bb_str(&b, "HTTP/1.1 503 Service Unavailable\r\nDate: ");
     bb_put(&b, http_date());
     bb_str(&b, "\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
-    LOG0(why);
     (void)!io_write(fd, (sl){ text, b.len });
     io_close(&fd);
 }
@@ -11811,21 +11867,27 @@ static void conn_turn_away(int fd, enum event why)
 static void conn_open(int fd, const struct ip *peer, bool is_metrics,
     int64_t now)
 {
-    bool is_proxy = !is_metrics && ip_in_any(peer, cfg.proxy, cfg.proxy_cnt);
+    bool is_proxy = !is_metrics && (cfg.bind.is_unix
+        || ip_in_any(peer, cfg.proxy, cfg.proxy_cnt));
     if (!is_metrics && !is_proxy && conn_addr_full(peer, NULL)) {
-        conn_turn_away(fd, EV_ADDR_LIMIT);
+        uint8_t text[64];
+        LOG(EV_ADDR_LIMIT, KV("addr", text_addr(text,
+            &(struct addr){ *peer, 0 })));
+        conn_turn_away(fd);
         return;
     }
     struct conn *c = conn_slot(is_metrics, now);
     if (!c) {
-        conn_turn_away(fd, EV_CONN_FULL);
+        LOG0(EV_CONN_FULL);
+        conn_turn_away(fd);
         return;
     }
     memset(c, 0, sizeof *c);
     c->state = C_HEAD;
     c->fd = fd;
-    c->peer = c->client = *peer;
+    c->client = *peer;
     c->is_proxy = is_proxy;
+    c->has_client = !is_proxy && !is_metrics;
     c->since = now;
     c->end = now + LIM_HEAD_MS;
     met.gauge[GA_CONNECTIONS]++;
@@ -11916,7 +11978,7 @@ struct request {
 static struct exchange {
     enum exchange_state state;
     enum endpoint endpoint;
-    bool is_full, is_listed, has_retried;
+    bool is_full, is_listed, is_known, has_retried;
     bool is_asked;                   /* for the room: its rate is charged */
     uint16_t leader, follower_cnt;   /* leader is index + 1, 0: it is over */
     bool led_ok;                     /* how it went: if not, why, and what */
@@ -12069,7 +12131,7 @@ static struct conn *exchange_conn(const struct exchange *x)
 }
 
 /* Wake the exchange that has waited longest in a state, of one server
- * unless dest is 0. */
+ * unless dest is 0; for a lookup's slot, of those that may have it. */
 static void exchange_wake(enum exchange_state state, uint64_t dest)
 {
     struct exchange *best = NULL;
@@ -12078,7 +12140,9 @@ static void exchange_wake(enum exchange_state state, uint64_t dest)
     for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
         struct exchange *x = &exchange_pool[i];
         if (exchange_states[i] == state && (dest == 0 || x->dest == dest)
-            && (!best || x->since < best->since))
+            && (!best || x->since < best->since)
+            && (state != X_WAIT || lookup_has_room(x->is_listed,
+                                                   x->is_known)))
             best = x;
     }
     if (best)
@@ -12094,6 +12158,7 @@ static void exchange_drop(struct exchange *x, int64_t now)
         exchange_wake(X_WAIT, 0);
     }
     if (x->up) {
+        lk_report(x->up, now);
         up_close(x->up, now);
         x->up = NULL;
         exchange_wake(X_ROOM_WAIT, 0);
@@ -12324,7 +12389,10 @@ static void exchange_room(struct exchange *x, int64_t now)
         return;
     }
     if (breaker_refuses(&lk_breaker, now)) {
-        exchange_fail(x, EV_BREAKER_OPEN, RE_SFU, now);
+        LOG(EV_BREAKER_OPEN, KV("req", request_id(exchange_conn(x))),
+            KV("target", SL("sfu")), KV("server", cfg.api.url.name.whole));
+        exchange_fail(x, EV_NONE, RE_SFU, now);
+        exchange_wake(X_ROOM_WAIT, 0);
         return;
     }
     x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
@@ -12521,7 +12589,6 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         return;
     bool passing = u->state == UP_FAILED ? u->why != EV_SSRF_DENIED
         : u->head.status >= 500;
-    lk_report(u, now);
     if (u->state == UP_DONE && u->head.status == 200) {
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
@@ -12573,12 +12640,14 @@ static void exchange_admit(struct exchange *x, int64_t now)
     struct conn *c = exchange_conn(x);
     if (now >= x->since + cfg.lookup_ms) {
         exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
+        exchange_wake(X_WAIT, 0);
         return;
     }
     size_t leader = exchange_find_lookup(x);
     if (leader < LIM_SLOT_CNT) {
         exchange_follow(x, leader);
         exchange_wake(X_WAIT, x->dest);
+        exchange_wake(X_WAIT, 0);
         return;
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
@@ -12661,14 +12730,16 @@ static bool exchange_has_queue(uint64_t dest)
     return false;
 }
 
-/* Whether one more may wait for this server (SECURITY section 4). */
+/* Whether one more may wait for this server, for a slot or for the answer
+ * that another gets (SECURITY section 4). */
 static bool exchange_may_wait(const struct exchange *x)
 {
     size_t strangers = 0, same = 0;
     if (x->is_listed)
         return true;
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
-        if (exchange_states[i] == X_WAIT) {
+        if (exchange_states[i] == X_WAIT
+            || (exchange_states[i] == X_FOLLOW && !exchange_pool[i].is_full)) {
             strangers += !exchange_pool[i].is_listed;
             same += exchange_pool[i].dest == x->dest;
         }
@@ -12692,10 +12763,10 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     struct exchange *x = &exchange_pool[conn_idx(c)];
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
     must(x->state == X_FREE);
-    if (cfg.rate_addr.burst && !rate_ok(memo_key(c->client.v6 ? '6' : '4',
-            (sl){ c->client.b, c->client.v6 ? 8 : 4 }), &cfg.rate_addr,
-            now)) {
-        LOG(EV_ADDR_LIMIT, KV("req", request_id(c)));
+    sl addr = { c->client.b, c->client.v6 ? 8 : 4 };
+    if (cfg.rate_addr.burst && c->has_client && !rate_ok(memo_key(
+            c->client.v6 ? '6' : '4', addr), &cfg.rate_addr, now)) {
+        conn_log_addr(c);
         conn_error(c, RE_LIMITED, NULL, now);
         return;
     }
@@ -12722,15 +12793,16 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     }
     x->dest = dest_hash(x->name.whole);
     x->is_listed = name_is_listed(x->name.whole);
+    x->is_known = dest_is_known(x->dest, now);
     if (name_denied(&x->name))
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
     else if (!token_ok(x->r.access_token))
         exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
-    else if ((lookup_may_open(x->dest, x->is_listed, now)
-              && !exchange_has_queue(x->dest))
-             || exchange_find_lookup(x) < LIM_SLOT_CNT)
+    else if (exchange_find_lookup(x) < LIM_SLOT_CNT ? exchange_may_wait(x)
+             : lookup_may_open(x->dest, x->is_listed, now)
+             && !exchange_has_queue(x->dest))
         exchange_admit(x, now);
-    else if (!exchange_may_wait(x))
+    else if (exchange_find_lookup(x) < LIM_SLOT_CNT || !exchange_may_wait(x))
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
     else
         exchange_queue(x, now);
@@ -14814,12 +14886,14 @@ static bool listen_full(struct listener *l, int err, int64_t now)
         conn_close(old);
         return true;
     }
+    if (spare_fd < 0)                    /* lost: with luck there is one now */
+        spare_fd = io_spare(STDERR_FILENO);
     if (spare_fd < 0)
         return false;
     io_close(&spare_fd);
     int fd = io_accept(l->fd, &peer);
     if (fd >= 0)
-        conn_turn_away(fd, EV_CONN_FULL);
+        conn_turn_away(fd);
     spare_fd = io_spare(STDERR_FILENO);
     return fd >= 0;
 }
