@@ -2,8 +2,12 @@
 # the network; `make help` lists the rest.
 #
 #   CC=       a compiler for musl (default musl-gcc)
-#   HOSTCC=   the machine's own, for the unit tests (and stage 1 when CC is a
-#             cross compiler: STAGE1=host)
+#   HOSTCC=   the machine's own, for the unit tests
+#   STAGE1=   what packs the trust anchors when CC is a cross compiler: host
+#             (built by HOSTCC), or an lkjwt that runs here. AR= and STRIP=
+#             must then know the target:
+#             make CC='zig cc -target arm-linux-musleabihf' STAGE1=host \
+#                 AR=llvm-ar STRIP=llvm-strip
 #   BEARSSL=  folder of BearSSL 0.6's source; else the tarball that
 #             test/setup.sh left; else the library of libbearssl-dev
 #   CA_FILES= PEM files for the built-in trust anchors
@@ -43,10 +47,16 @@ LINK  = -static -Wl,--gc-sections -Wl,-z,noexecstack -Wl,-z,relro \
 	-Wl,-z,now -Wl,-z,separate-code -Wl,--build-id=none
 # A static PIE, so that code addresses are random too. musl-gcc's own
 # -static-pie asks for a loader (INTERP): the start files are named instead.
+# Zig brings musl for each target and makes a static PIE when asked.
+ZIG = $(filter zig,$(notdir $(firstword $(CC))))
 CRT = $(if $(filter musl-gcc,$(notdir $(firstword $(CC)))),$(patsubst \
 	%/rcrt1.o,%,$(firstword $(wildcard /usr/lib/*-linux-musl/rcrt1.o \
 	/usr/local/musl/lib/rcrt1.o))))
-ifeq ($(CRT),)
+ifneq ($(ZIG),)
+PIC    = -fPIE
+LINKED = $(filter-out %separate-code,$(LINK)) -pie
+HARD  += -Wno-unused-command-line-argument
+else ifeq ($(CRT),)
 PIC    = -fno-pie
 LINKED = $(LINK)
 else
@@ -96,12 +106,12 @@ define bearssl_build
 	@rm -rf $(@D)/obj && mkdir -p $(@D)/obj
 	@cd $(@D)/obj && find $(BSRC)/src -name '*.c' | sort | xargs -n 40 \
 	    -P 2 $(1) $(MAP) $(BOPT) -I$(BSRC)/src -I$(BSRC)/inc -c
-	@rm -f $@ && cd $(@D)/obj && ar rcsD $(abspath $@) *.o
+	@rm -f $@ && cd $(@D)/obj && $(2) rcsD $(abspath $@) *.o
 endef
 build/release/libbearssl.a: $(BDEP) Makefile
-	$(call bearssl_build,$(CC) $(OPT) $(HARD))
+	$(call bearssl_build,$(CC) $(OPT) $(HARD),$(AR))
 build/host/libbearssl.a: $(BDEP) Makefile
-	$(call bearssl_build,$(HOSTCC) -O2 -g -ffunction-sections)
+	$(call bearssl_build,$(HOSTCC) -O2 -g -ffunction-sections,ar)
 build/inc.ok: $(BDEP)
 	@mkdir -p build && touch $@
 else ifneq ($(BDEB),)
@@ -150,6 +160,8 @@ S1_LIB = build/release/libbearssl.a
 S1_CC  = $(CC) $(OPT) $(HARD) $(WARN) $(LINKED)
 S1_END = $(CRTN)
 endif
+PACKER = $(if $(filter-out host,$(STAGE1)),$(abspath $(STAGE1)),$\
+	build/stage1/lkjwt)
 COMPILE = $(CC) $(OPT) $(HARD) $(WARN) $(MAP) -isystem $(BINC)
 
 build/stage1/lkjwt: $(SRC) $(S1_LIB) build/inc.ok Makefile
@@ -157,11 +169,12 @@ build/stage1/lkjwt: $(SRC) $(S1_LIB) build/inc.ok Makefile
 	@mkdir -p $(@D) && : >$(@D)/ca.bin
 	@$(S1_CC) $(MAP) -isystem $(BINC) -Wa,-I$(@D) $< $(S1_LIB) \
 	    $(S1_END) -o $@
-build/ca.bin: build/stage1/lkjwt
+build/ca.bin: $(PACKER)
 	@echo "  CA      $@"
 	@test -n "$(strip $(CA_FILES))" || { echo "No CA certificates to" \
 	    "build in. Run 'test/setup.sh build' or give CA_FILES=" >&2; exit 1; }
-	@cat $(CA_FILES) | build/stage1/lkjwt --ca-pack >$@.tmp && mv $@.tmp $@
+	@mkdir -p $(@D)
+	@cat $(CA_FILES) | $< --ca-pack >$@.tmp && mv $@.tmp $@
 build/lkjwt.o: $(SRC) build/ca.bin build/inc.ok Makefile
 	@echo "  CC      $@"
 	@$(COMPILE) -Wa,-Ibuild -c $< -o $@
@@ -198,7 +211,7 @@ SUITES = audit unit fuzz-replay blackbox realworld
 test test-all:
 	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
 	    { echo "0 passed, 1 failed"; exit 1; }
-	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz image fresh)
+	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz attack soak release image browser dash load deploy fresh)
 
 audit: lkjwt
 	@python3 test/audit.py
@@ -215,6 +228,38 @@ build/unit-%: test/unit.c $(wildcard test/unit/* test/unit_*.h) $(SRC) build/ca.
 	@echo "  CC      $@"
 	@$(firstword $(subst -, ,$*)) -O1 $(if $(findstring -sanitized,$*),$(SANITIZE)) \
 	    $(UNIT_CC) $< build/host/libbearssl.a -o $@
+
+# ---- proofs that take longer, of `make test-all` ---------------------------
+
+# Each call of section 23 fails in turn; vectors of others; MemorySanitizer
+# and the analyzers, each suppression explained in test/analyze.py.
+FAULT_RUNS = gcc clang-sanitized
+.PHONY: faults crypto analyze
+faults: $(FAULT_RUNS:%=build/unit-%)
+	@fail=0; for v in $(FAULT_RUNS); do echo "-- failing calls, $$v"; \
+	    test/netns build/unit-$$v long || fail=1; done; exit $$fail
+
+build/vectors: test/crypto/vectors.c test/unit_world.h $(SRC) build/ca.bin \
+    build/host/libbearssl.a
+	@echo "  CC      $@"
+	@gcc -O1 $(SANITIZE) $(UNIT_CC) $< build/host/libbearssl.a -o $@
+crypto:
+	@test/setup.sh prove
+	@$(MAKE) --no-print-directory build/vectors
+	@$(PYTHON) test/crypto/check.py build/vectors
+
+# BearSSL without assembly and intrinsics, which MemorySanitizer cannot see.
+MSAN = clang -O1 -g -fsanitize=memory -fno-omit-frame-pointer
+build/msan/libbearssl.a: $(BDEP) Makefile
+	$(call bearssl_build,$(MSAN) -DBR_AES_X86NI=0 -DBR_SSE2=0 -DBR_RDRAND=0,ar)
+build/unit-msan: test/unit.c $(wildcard test/unit/* test/unit_*.h) $(SRC) \
+    build/ca.bin build/msan/libbearssl.a
+	@echo "  CC      $@"
+	@$(MSAN) $(UNIT_CC) $< build/msan/libbearssl.a -o $@
+analyze:
+	@test/setup.sh prove
+	@$(MAKE) --no-print-directory build/unit-msan
+	@python3 test/analyze.py $(BINC)
 
 # ---- fuzzing: corpora in test/fuzz/, what is found in build/fuzz-found/ -----
 
@@ -250,13 +295,57 @@ fuzz: build/fuzz build/fuzz-clang
 	    echo "$$t: $$(sed -n 's/.*executed_units: //p' $$found.log) runs"; \
 	done; echo "$$ok passed, $$bad failed"; test $$bad = 0
 
+# The same targets by AFL++, from the same seeds, without sanitizers.
+AFL_RUN = AFL_SKIP_CPUFREQ=1 AFL_NO_UI=1 AFL_NO_AFFINITY=1 \
+	AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 AFL_FAST_CAL=1 afl-fuzz
+.PHONY: fuzz-afl
+build/fuzz-afl: $(FUZZ_SRC)
+	@echo "  CC      $@"
+	@AFL_QUIET=1 afl-clang-fast -O1 -fsanitize=fuzzer $(UNIT_CC) $< \
+	    build/host/libbearssl.a -o $@
+fuzz-afl:
+	@test/setup.sh prove
+	@$(MAKE) --no-print-directory build/fuzz-afl build/fuzz-clang
+	@python3 test/fuzz/afl.py $(FUZZ_S) $(FUZZ_TARGETS)
+
 blackbox realworld: lkjwt
 	@$(PYTEST) test/$@
 
-image:
-	@test/setup.sh image
+# Attacks on the release binary; SOAK_S seconds of load amid faults, of the
+# seed LKJWT_SEED if it is given: make soak SOAK_S=1800
+SOAK_S = 120
+.PHONY: attack soak
+attack:
+	@test/setup.sh attack
 	@$(MAKE) --no-print-directory all
-	@python3 test/image.py
+	@$(PYTEST) test/attack
+soak:
+	@test/setup.sh attack
+	@$(MAKE) --no-print-directory all
+	@SOAK_S=$(SOAK_S) test/netns $(PYTHON) test/attack/soak.py
+
+# Two browsers in a call by Element Call; screenshots in build/e2e.
+.PHONY: browser
+browser:
+	@test/setup.sh browser
+	@$(MAKE) --no-print-directory all
+	@$(PYTEST) -x test/e2e
+
+# Dashboard, alerts and manual page; deploy/ as operators' tools and proxies
+# read it; load upon two replicas.
+.PHONY: dash deploy load
+dash deploy load:
+	@test/setup.sh $@
+	@$(MAKE) --no-print-directory all
+	@$(PYTEST) test/$@
+
+# Binaries of each architecture, tried under qemu-user: build/dist. The image
+# holds the same ones.
+.PHONY: release
+release image:
+	@test/setup.sh $@
+	@$(MAKE) --no-print-directory all
+	@.deps/release/bin/python test/$(if $(filter image,$@),image.py,release/release.py)
 
 fresh:
 	@test/fresh.sh
@@ -284,7 +373,15 @@ help:
 	@echo "make test       every suite: $(SUITES)"
 	@echo "make test-all   these, the image, and all of it on a fresh Debian"
 	@echo "make audit      the invariants a reader may rely on"
-	@echo "make unit, blackbox, realworld, image, fresh   one of them"
+	@echo "make browser    a call of two users of Element Call in Chromium"
+	@echo "make dash       dashboard and alerts in Prometheus, lkjwt(8)"
+	@echo "make load       a rolling restart under load, pod limits"
+	@echo "make deploy     the chart, manifests, compose file, unit and proxies"
+	@echo "make release    binaries of each architecture, in build/dist"
+	@echo "make image      the image for each, in build/image"
+	@echo "make unit, blackbox, realworld, fresh   one of the suites"
+	@echo "make attack     slow clients, toxic peers, hostile chains, lighttpd"
+	@echo "make soak       SOAK_S seconds of load amid faults"
 	@echo "make fuzz       searches FUZZ_S seconds a target; fuzz-replay:"
 	@echo "                the seeds once"
 	@echo "make bench      CPU, latency, memory beside nginx; BENCH_PEER=,"

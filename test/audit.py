@@ -146,16 +146,99 @@ def check_words(src):
 def check_manual(src):
     manual = src.section("00")
     rest = src.text[len(manual):]
-    names = set(re.findall(r"(?<![\w/.*-])[a-z]\w*_[a-z]\w*(?![\w*]|\.py)",
-                           manual))
+    names = set(re.findall(r"(?<![\w/.*-])(?!test_)[a-z]\w*_[a-z]\w*"
+                           r"(?![\w*]|\.py)", manual))
     yield ("manual: each name it mentions is in the source",
            listed(sorted(name for name in names
                          if not re.search(rf"\b{name}\b", rest))))
-    tests = set(re.findall(r"\btest_\w+\.py", manual))
-    yield ("manual: each test that it names for a claim is there",
-           "names none" if not tests else listed(sorted(
-               name for name in tests
-               if not list((TOP / "test").glob(f"*/{name}")))))
+    told = dict(re.findall(r"\n \*   S(\d+) .*?\b(test_s\d\d_\w+)", manual,
+                           re.S))
+    tests = claim_tests()
+    yield ("manual: it lists S1 to S30, each with a test of its name",
+           listed([f"S{n}" for n in CLAIMS
+                   if told.get(str(n)) not in tests[n]]))
+
+
+CLAIMS = range(1, 31)  # S1 to S30
+
+
+def claim_tests():
+    """Names of the tests of each claim: test_s01_..., test_s08_s12_..."""
+    found = collections.defaultdict(set)
+    for path in [*(TOP / "test").glob("*/test_*.py"),
+                 *(TOP / "test").glob("unit_*.h")]:
+        for name, claims in re.findall(r"\b(test_((?:s\d\d_)+)\w+)\(",
+                                       path.read_text()):
+            for number in re.findall(r"\d\d", claims):
+                found[int(number)].add(name)
+    return found
+
+
+def check_claims(src):
+    tests = claim_tests()
+    yield ("claims: S1 to S30 have tests of their names, no other number has",
+           listed([f"S{n}" for n in set(CLAIMS) ^ set(tests)]))
+
+
+def functions(src):
+    """(name, text) of each function; comments and literals are blanks."""
+    name, head = None, 0
+    for at, line in enumerate(src.code_lines):
+        if re.match(r"[A-Za-z_].*\w\(", line) and not line.endswith(";"):
+            name, head = re.search(r"(\w+)\(", line)[1], at
+        elif line == "}" and name:
+            yield name, "\n".join(src.code_lines[head:at + 1])
+            name = None
+
+
+# What may be compared by other means than ct_eq: nobody may guess at these.
+PLAIN_COMPARISON = {
+    "main": "the name of a command",
+    "hs_swap": "hashes of certificates that the peer itself has sent",
+    "wk_slot": "a place in a cache, by the keyed hash of a name",
+    "webhook_seen": "a place in a cache, by the keyed hash of a body",
+}
+SECRET = re.compile(r"\b(mac|want|sum|digest|hash|sec_\w+"
+                    r"|\w*(?:secret|password)\w*)\b")
+
+
+def check_secrets(src):
+    """S29 and S30, as far as the source shows them."""
+    body = dict(functions(src))
+    users = {name for name, text in body.items() if "ct_eq(" in text}
+    yield ("S29: MACs and hashes of bodies are compared where they should be",
+           differ(users - {"ct_eq"}, {"jwt_signers", "srv_webhook",
+                                      "stream_webhook"}, "more", "missing"))
+    wrong = [f"{name}: {call}" for name in users - {"ct_eq"} for call in
+             re.findall(r"ct_eq\(.*?\)", body[name], re.S)
+             if not re.fullmatch(r"ct_eq\(\w+, \w+, 32\)", call)]
+    yield "S29: over their whole length", listed(wrong)
+    compare = body.get("ct_eq", "")
+    yield ("S29: ct_eq has no branch but its count, and looks at all bytes",
+           "" if len(re.findall(r"\bfor\b", compare)) == 1
+           and "|= a[i] ^ b[i]" in compare
+           and compare.count("return") == 1 and not re.search(
+               r"\b(if|while|break|continue|goto|memcmp)\b|\?|&&|\|\|",
+               compare) else compare)
+    # a call's arguments: what is in brackets, brackets in them included
+    plain = {name for name, text in body.items() for args in re.findall(
+                 r"\b(?:memcmp|strn?cmp|sl_i?eq)"
+                 r"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", text)
+             if SECRET.search(args)}
+    yield ("S29: nothing else compares what is secret",
+           differ(plain, set(PLAIN_COMPARISON), "source", "the list here"))
+    starts = {name: text for name, text in body.items()
+              if re.search(r"\bbr_ssl_(client|engine|server)_\w*"
+                           r"(reset|init_full)\(", text)}
+    order = [r"uint8_t seed\[32\];", r"io_random\(seed, sizeof seed\);",
+             r"br_ssl_engine_inject_entropy\(&cc->eng, seed, sizeof seed\);",
+             r"wipe\(seed, sizeof seed\);", r"br_ssl_client_reset\("]
+    yield ("S30: TLS contexts start in one function, seeded by io_random",
+           "" if len(starts) == 1 and re.search(
+               r"[^\0]*".join(order), *starts.values()) else listed(starts))
+    yield ("S30: no library opens a device for randomness",
+           "" if b"/dev/urandom" not in BINARY.read_bytes()
+           and b"/dev/random" not in BINARY.read_bytes() else "it does")
 
 
 def check_grants(src):
@@ -386,7 +469,8 @@ def main():
         groups = [
             lambda: check_columns(src), lambda: check_map(src),
             lambda: check_events(src), lambda: check_words(src),
-            lambda: check_manual(src), lambda: check_grants(src),
+            lambda: check_manual(src), lambda: check_claims(src),
+            lambda: check_secrets(src), lambda: check_grants(src),
             lambda: check_parts(src, folder), lambda: check_binary(src),
             lambda: check_twice(folder),
             lambda: check_scratch(folder), lambda: check_licence(src),

@@ -3,7 +3,8 @@
  * own clock (unit_world.h); inputs lie before a page nobody may read. A
  * test is a row of a table; vectors in test/vectors/ are readable text.
  *
- *   build/unit-gcc [-v] [GROUP...]     -v names every row
+ *   build/unit-gcc [-v] [GROUP...]     -v names every row; `long` stands
+ *                                      for the groups that take long
  */
 #include "unit_world.h"
 #include "unit_text.h"
@@ -20,8 +21,11 @@
 #include "unit_jobs.h"
 #include "unit_jail.h"
 #include "unit_store.h"
+#include "unit_rates.h"
+#include "unit_faults.h"
 
-static const struct { const char *name; void (*run)(void); } group_tab[] = {
+static const struct { const char *name; void (*run)(void); bool is_long; }
+    group_tab[] = {
     { "bytes", test_bytes }, { "base64", test_base64 },
     { "utf8", test_utf8 }, { "names", test_names }, { "users", test_users },
     { "urls", test_urls }, { "addresses", test_addresses },
@@ -46,7 +50,11 @@ static const struct { const char *name; void (*run)(void); } group_tab[] = {
     { "redis", test_redis },
     { "jail", test_jail },
     { "loop", test_loop },
-    { "faults", test_faults },
+    { "faults", test_faults }, { "rates", test_rates },
+    { "clock", test_clock },
+    { "s29-compare", test_s29_secrets_are_compared_in_constant_time },
+    { "s30-seeds", test_s30_every_tls_context_is_seeded },
+    { "failing-calls", test_s25_no_failing_call_does_harm, true },
 };
 
 int main(int argc, char **argv)
@@ -54,7 +62,7 @@ int main(int argc, char **argv)
     guard_open();
     generated();
     for (size_t i = 0; i < COUNT_OF(group_tab); i++) {
-        bool wanted = true;
+        bool wanted = !group_tab[i].is_long;
         for (int k = 1; k < argc; k++) {
             if (strcmp(argv[k], "-v") == 0)
                 verbose = true;
@@ -62,7 +70,8 @@ int main(int argc, char **argv)
                 wanted = false;
         }
         for (int k = 1; k < argc; k++)
-            wanted |= strcmp(argv[k], group_tab[i].name) == 0;
+            wanted |= strcmp(argv[k], group_tab[i].name) == 0
+                || (group_tab[i].is_long && strcmp(argv[k], "long") == 0);
         if (!wanted)
             continue;
         group = group_tab[i].name;

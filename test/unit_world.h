@@ -27,6 +27,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 #include <bearssl.h>
@@ -120,6 +121,7 @@ struct sock {
 static struct sock *sock_tab[SOCK_CNT];
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
+static int64_t world_skew;              /* our wall clock alone is off */
 static int64_t world_end = INT64_MAX;   /* ppoll() waits no longer */
 static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
 static void (*world_dial)(struct sock *s);
@@ -129,14 +131,61 @@ static unsigned world_client_cnt;
 static int world_accept_errno;
 static unsigned world_sockets, world_connects;
 
-/* Faults: the n-th call (from 0) that may fail does, once. */
+static void (*world_poll)(void);        /* before ppoll() waits */
+static bool world_is_random = true;     /* else zero bytes: no choice */
+static bool world_has_random = true;    /* getrandom() is there */
+
+/* Faults: the n-th call (from 0) that may fail does, once. With fault_fits
+ * every kind of call may, but only by an error that it can have; without,
+ * those on sockets, by any. */
 enum { FAULT_NONE = -1 };
+enum call { CALL_SOCKET, CALL_CONNECT, CALL_ACCEPT, CALL_READ, CALL_WRITE,
+    CALL_SO_ERROR, CALL_SET, CALL_SHUTDOWN, CALL_PPOLL, CALL_RANDOM,
+    CALL_STDERR, CALL_POLL, CALL_FILE, CALL_FILE_READ, CALL_BIND };
 static long fault_at = FAULT_NONE, fault_seen;
 static int fault_errno;                 /* 0: a short read or write */
+static bool fault_fits;
 
-static bool fault_now(void)
+#define ONE(c) 1u << CALL_##c
+static const struct { int err; unsigned calls; } fault_fit_tab[] = {
+    { 0, ONE(READ) | ONE(WRITE) | ONE(RANDOM) | ONE(STDERR)
+        | ONE(FILE_READ) },
+    { EINTR, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
+        | ONE(PPOLL) | ONE(RANDOM) | ONE(STDERR) | ONE(POLL)
+        | ONE(FILE_READ) },
+    { EAGAIN, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
+        | ONE(STDERR) },
+    { ECONNRESET, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
+        | ONE(SO_ERROR) | ONE(SHUTDOWN) | ONE(STDERR) },
+    { ENOBUFS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(READ)
+        | ONE(WRITE) | ONE(SO_ERROR) | ONE(SET) | ONE(PPOLL) | ONE(POLL)
+        | ONE(FILE) | ONE(FILE_READ) | ONE(BIND) },
+    { EMFILE, ONE(SOCKET) | ONE(ACCEPT) | ONE(FILE) },
+    { ENOSYS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(SO_ERROR)
+        | ONE(SET) | ONE(SHUTDOWN) | ONE(PPOLL) | ONE(POLL) | ONE(FILE)
+        | ONE(BIND) },
+};
+#undef ONE
+
+static bool fault_now(enum call call)
 {
-    return fault_seen++ == fault_at;
+    if (!fault_fits)
+        return call <= CALL_SO_ERROR && fault_seen++ == fault_at;
+    for (size_t i = 0; i < sizeof fault_fit_tab / sizeof fault_fit_tab[0];
+         i++)
+        if (fault_fit_tab[i].err == fault_errno
+            && fault_fit_tab[i].calls >> call & 1)
+            return fault_seen++ == fault_at;
+    return false;
+}
+
+/* The call fails. */
+static bool fault_fails(enum call call)
+{
+    if (!fault_now(call))
+        return false;
+    errno = fault_errno;
+    return true;
 }
 
 /* Lines written to stderr. */
@@ -245,8 +294,8 @@ static const char *sock_host(const struct sock *s)
 static int w_socket(int family, int type, int protocol)
 {
     (void)protocol;
-    if (fault_now() && fault_errno != EINTR && fault_errno != EAGAIN
-        && fault_errno != 0) {
+    if (fault_now(CALL_SOCKET) && fault_errno != EINTR
+        && fault_errno != EAGAIN && fault_errno != 0) {
         errno = fault_errno;
         return -1;
     }
@@ -265,7 +314,7 @@ static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
     memcpy(&s->to, sa, len);
     world_connects++;
     s->up_at = s->is_udp ? 0 : world_ms;
-    bool fails = fault_now() && fault_errno;
+    bool fails = fault_now(CALL_CONNECT) && fault_errno;
     if (fails && fault_errno != EINTR) {
         errno = fault_errno;
         return -1;
@@ -282,7 +331,7 @@ static int w_accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
     struct sock *s = sock_of(fd);
     if (!s)
         return accept4(fd, sa, len, flags);
-    if (fault_now() && fault_errno) {
+    if (fault_now(CALL_ACCEPT) && fault_errno) {
         errno = fault_errno;
         return -1;
     }
@@ -304,15 +353,15 @@ static int w_accept4(int fd, struct sockaddr *sa, socklen_t *len, int flags)
 static ssize_t w_read(int fd, void *p, size_t len)
 {
     struct sock *s = sock_of(fd);
-    if (!s)
-        return read(fd, p, len);
-    if (fault_now()) {
+    if (fault_now(s ? CALL_READ : CALL_FILE_READ)) {
         if (fault_errno) {
             errno = fault_errno;
             return -1;
         }
         len = len ? 1 : 0;
     }
+    if (!s)
+        return read(fd, p, len);
     size_t have = s->in_at > world_ms ? 0 : s->in_len - s->in_off;
     if (have == 0) {
         if (s->in_at > world_ms || (!s->is_eof && !s->is_reset)) {
@@ -333,6 +382,10 @@ static ssize_t w_read(int fd, void *p, size_t len)
 static ssize_t w_write(int fd, const void *p, size_t len)
 {
     if (fd == 2) {
+        if (fault_fits && fault_now(CALL_STDERR)) {
+            errno = fault_errno;
+            return fault_errno ? -1 : 1;
+        }
         size_t room = sizeof log_buf - 1 - log_len;
         size_t n = len < room ? len : room;
         memcpy(log_buf + log_len, p, n);
@@ -343,7 +396,7 @@ static ssize_t w_write(int fd, const void *p, size_t len)
     struct sock *s = sock_of(fd);
     if (!s)
         return write(fd, p, len);
-    if (fault_now()) {
+    if (fault_now(CALL_WRITE)) {
         if (fault_errno) {
             errno = fault_errno;
             return -1;
@@ -378,6 +431,8 @@ static int w_shutdown(int fd, int how)
     struct sock *s = sock_of(fd);
     if (!s)
         return shutdown(fd, how);
+    if (fault_fits && fault_fails(CALL_SHUTDOWN))
+        return -1;
     s->is_shut = true;
     return 0;
 }
@@ -404,7 +459,11 @@ static int w_getsockopt(int fd, int level, int name, void *p, socklen_t *len)
     struct sock *s = sock_of(fd);
     if (!s)
         return getsockopt(fd, level, name, p, len);
-    int err = fault_now() ? fault_errno : 0;
+    int err = fault_now(CALL_SO_ERROR) ? fault_errno : 0;
+    if (err == ENOSYS) {
+        errno = err;
+        return -1;
+    }
     if (err == EINTR || err == EAGAIN)
         err = 0;
     err = err ? err : s->up_at <= world_ms ? s->dial_errno : 0;
@@ -415,12 +474,56 @@ static int w_getsockopt(int fd, int level, int name, void *p, socklen_t *len)
 static int w_setsockopt(int fd, int level, int name, const void *p,
     socklen_t len)
 {
+    if (fault_fits && fault_fails(CALL_SET))
+        return -1;
     return sock_of(fd) ? 0 : setsockopt(fd, level, name, p, len);
+}
+
+static int w_bind(int fd, const struct sockaddr *sa, socklen_t len)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return bind(fd, sa, len);
+    if (fault_fits && fault_fails(CALL_BIND))
+        return -1;
+    memcpy(&s->to, sa, len);
+    return 0;
+}
+
+static int w_listen(int fd, int backlog)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return listen(fd, backlog);
+    if (fault_fits && fault_fails(CALL_BIND))
+        return -1;
+    s->is_listener = true;
+    return 0;
+}
+
+static int w_getsockname(int fd, struct sockaddr *sa, socklen_t *len)
+{
+    struct sock *s = sock_of(fd);
+    if (!s)
+        return getsockname(fd, sa, len);
+    if (fault_fits && fault_fails(CALL_BIND))
+        return -1;
+    memcpy(sa, &s->to, *len);
+    return 0;
+}
+
+static int w_fstatat(int dir, const char *path, struct stat *st, int flags)
+{
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    return fstatat(dir, path, st, flags);
 }
 
 static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
 {
     if (cnt == 1 && p->fd == 2) {    /* io_log asks */
+        if (fault_fits && fault_fails(CALL_POLL))
+            return -1;
         p->revents = POLLOUT;
         return 1;
     }
@@ -462,6 +565,10 @@ static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
     const sigset_t *mask)
 {
     (void)mask;
+    if (world_poll)
+        world_poll();
+    if (fault_fits && fault_fails(CALL_PPOLL))
+        return -1;
     int64_t limit = wait ? world_ms + wait->tv_sec * 1000
         + (wait->tv_nsec + 999999) / 1000000 : INT64_MAX;
     limit = limit < world_end ? limit : world_end;
@@ -487,29 +594,81 @@ static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
 
 static int w_clock_gettime(clockid_t id, struct timespec *t)
 {
-    int64_t ms = id == CLOCK_REALTIME ? world_wall + world_ms : world_ms;
+    int64_t ms = id == CLOCK_REALTIME ? world_wall + world_ms + world_skew
+        : world_ms;
     t->tv_sec = ms / 1000;
     t->tv_nsec = ms % 1000 * 1000000;
     return 0;
 }
 
-static bool world_is_random = true;     /* else zero bytes: no choice */
+/* The last 32 bytes that getrandom() gave. */
+static uint8_t random_last[32];
 
 static long w_syscall(long number, ...)
 {
     va_list ap;
     va_start(ap, number);
     long a = va_arg(ap, long), b = va_arg(ap, long), c = va_arg(ap, long);
+    long d = va_arg(ap, long), e = va_arg(ap, long);
     va_end(ap);
     if (number == SYS_getrandom) {
         uint8_t *p = (uint8_t *)a;
-        for (long i = 0; i < b; i++)
+        if (!world_has_random) {
+            errno = ENOSYS;
+            return -1;
+        }
+        if (fault_fits && fault_now(CALL_RANDOM)) {
+            errno = fault_errno;
+            if (fault_errno)
+                return -1;
+            b = b ? 1 : 0;
+        }
+        for (long i = 0; i < b; i++) {
             p[i] = world_is_random ? (uint8_t)(dice() >> 32) : 0;
+            memmove(random_last, random_last + 1, sizeof random_last - 1);
+            random_last[sizeof random_last - 1] = p[i];
+        }
         return b;
     }
-    return syscall(number, a, b, c);
+    if (number == SYS_openat && fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    return syscall(number, a, b, c, d, e);
 }
 
+/* What TLS contexts are seeded with (S30): a context that is started must
+ * have got the 32 bytes that getrandom() gave last, and nobody else may
+ * have got them. */
+static unsigned tls_started, tls_unseeded;
+static const void *tls_seeded;
+static uint8_t tls_seed[32];
+
+static void w_inject_entropy(br_ssl_engine_context *eng, const void *p,
+    size_t len)
+{
+    bool ok = len == sizeof tls_seed
+        && memcmp(p, random_last, sizeof tls_seed) == 0
+        && (memcmp(p, tls_seed, sizeof tls_seed) != 0 || !world_is_random);
+    tls_seeded = ok ? eng : NULL;
+    if (ok)
+        memcpy(tls_seed, p, sizeof tls_seed);
+    br_ssl_engine_inject_entropy(eng, p, len);
+}
+
+static int w_client_reset(br_ssl_client_context *cc, const char *name,
+    int resume)
+{
+    tls_started++;
+    tls_unseeded += tls_seeded != &cc->eng;
+    tls_seeded = NULL;
+    return br_ssl_client_reset(cc, name, resume);
+}
+
+#define br_ssl_engine_inject_entropy(a, b, c) w_inject_entropy(a, b, c)
+#define br_ssl_client_reset(a, b, c) w_client_reset(a, b, c)
+#define bind(a, b, c) w_bind(a, b, c)
+#define listen(a, b) w_listen(a, b)
+#define getsockname(a, b, c) w_getsockname(a, b, c)
+#define fstatat(a, b, c, d) w_fstatat(a, b, c, d)
 #define socket(a, b, c) w_socket(a, b, c)
 #define connect(a, b, c) w_connect(a, b, c)
 #define accept4(a, b, c, d) w_accept4(a, b, c, d)
@@ -522,11 +681,17 @@ static long w_syscall(long number, ...)
 #define poll(a, b, c) w_poll(a, b, c)
 #define ppoll(a, b, c, d) w_ppoll(a, b, c, d)
 #define clock_gettime(a, b) w_clock_gettime(a, b)
-#define syscall(...) w_syscall(__VA_ARGS__, 0L, 0L, 0L)
+#define syscall(...) w_syscall(__VA_ARGS__, 0L, 0L, 0L, 0L, 0L)
 #undef _GNU_SOURCE
 #define main lkjwt_main
 #include "../lkjwt.c"
 #undef main
+#undef br_ssl_engine_inject_entropy
+#undef br_ssl_client_reset
+#undef bind
+#undef listen
+#undef getsockname
+#undef fstatat
 #undef socket
 #undef connect
 #undef accept4

@@ -28,6 +28,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from service import popen
+
 SCRATCH = tempfile.mkdtemp(prefix="lkjwt-test-")     # all files of the stand-ins, gone with the process
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 HANG = 30           # seconds after which a wait is a hang; never a statement about speed
@@ -945,7 +947,7 @@ class Process:
 
     def __init__(self, args, ready, cwd=None, stdin=None, env=None):
         fd, self.log_file = tempfile.mkstemp(prefix=os.path.basename(args[0]) + "-", suffix=".log", dir=SCRATCH)
-        self.proc = subprocess.Popen(args, stdout=fd, stderr=subprocess.STDOUT, cwd=cwd,
+        self.proc = popen(args, stdout=fd, stderr=subprocess.STDOUT, cwd=cwd,
                                      stdin=stdin or subprocess.DEVNULL, env=env)
         os.close(fd)
         try:

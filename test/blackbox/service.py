@@ -5,6 +5,7 @@ stdout, metrics, refusals) in the canary folder; the canary test, which runs
 last, searches all of it for the secrets below.
 """
 import base64
+import errno
 import itertools
 import json
 import os
@@ -63,6 +64,18 @@ def base_env(**overrides):
     }
     env.update(overrides)
     return {k: str(v) for k, v in env.items() if v is not None}
+
+
+def popen(args, **more):
+    """subprocess.Popen, again where execve fails with EFAULT: seen once, of a file that was there, on a virtual
+    machine whose memory is paged in as it is touched."""
+    for tries in range(3):
+        try:
+            return subprocess.Popen(args, **more)
+        except OSError as e:
+            if e.errno != errno.EFAULT or tries == 2:
+                raise
+            time.sleep(0.2)
 
 
 # ---- log lines
@@ -320,7 +333,7 @@ class Service:
         self.stop()
 
     def start(self):
-        self.proc = subprocess.Popen(self.argv, env=self.env, stdin=subprocess.DEVNULL,
+        self.proc = popen(self.argv, env=self.env, stdin=subprocess.DEVNULL,
                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, **self._popen)
         self.pid = self.proc.pid
         self._threads = [threading.Thread(target=self._pump, args=(self.proc.stdout, "_out"), daemon=True)]

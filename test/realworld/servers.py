@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jwt as pyjwt
 from peers import wait_for
-from service import CANARY_KEY, CANARY_PASSWORD, CANARY_SECRET, DEADLINE, ROOT
+from service import CANARY_KEY, CANARY_PASSWORD, CANARY_SECRET, DEADLINE, ROOT, popen
 
 HANG = 60    # seconds; only a hang is longer
 LIVEKIT = str(ROOT / ".deps/bin/livekit-server")
@@ -64,7 +64,7 @@ class Server:
         """Start without waiting, so that several start side by side."""
         assert self.proc is None, f"{self.name} runs already"
         with open(self.log_file, "ab") as log:
-            self.proc = subprocess.Popen(
+            self.proc = popen(
                 self.argv, cwd=self.dir, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 preexec_fn=die_with_us)
         return self
