@@ -2886,13 +2886,13 @@ static uint32_t jwt_signers(sl signed_raw, sl mac_raw,
 /* What a webhook's token says. */
 struct claims {
     sl alg, iss, hash;
-    bool crit, join;
-    struct js_int exp, nbf;
+    bool join;
+    struct js_int crit, exp, nbf;
 };
 #define AT(member) offsetof(struct claims, member)
 static const struct js_field jwt_head_field[] = {
     { "alg", JS_STRING, AT(alg), NULL },
-    { "crit", JS_FLAG, AT(crit), NULL } };         /* any value refuses */
+    { "crit", JS_INT, AT(crit), NULL } };   /* any value but null refuses */
 static const struct js_table jwt_head_table = { jwt_head_field, 2, false,
     false };
 static const struct js_field jwt_video_field[] = {
@@ -2918,7 +2918,7 @@ MUST_USE static const char *jwt_check_webhook(sl token_raw,
     const struct api_key *key, size_t cnt, int64_t now_wall,
     uint8_t body_sum[36])
 {
-    struct claims c = { .crit = false };
+    struct claims c = { .join = false };
     uint8_t head[1024], body[3072];
     if (sl_starts(token_raw, SL("Bearer ")))
         token_raw = sl_skip(token_raw, 7);
@@ -2929,7 +2929,8 @@ MUST_USE static const char *jwt_check_webhook(sl token_raw,
     if (token_raw.len > 4096 || b == rest.len || sl_find(mac, '.') < mac.len)
         return "no token";
     if (!jwt_part((sl){ token_raw.p, a }, head, sizeof head, &jwt_head_table,
-                  &c) || c.crit || !sl_eq(c.alg, SL("HS256")))
+                  &c) || c.crit.is_set || c.crit.over
+        || !sl_eq(c.alg, SL("HS256")))
         return "token header";
     uint32_t signers = jwt_signers((sl){ token_raw.p, a + 1 + b }, mac, key,
         cnt);
