@@ -211,7 +211,7 @@ SUITES = audit unit fuzz-replay blackbox realworld
 test test-all:
 	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
 	    { echo "0 passed, 1 failed"; exit 1; }
-	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz attack soak release image browser dash load deploy fresh)
+	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz fuzz-afl faults crypto analyze attack soak release image browser dash load deploy fresh)
 
 audit: lkjwt
 	@python3 test/audit.py
@@ -296,8 +296,8 @@ fuzz: build/fuzz build/fuzz-clang
 	done; echo "$$ok passed, $$bad failed"; test $$bad = 0
 
 # The same targets by AFL++, from the same seeds, without sanitizers.
-AFL_RUN = AFL_SKIP_CPUFREQ=1 AFL_NO_UI=1 AFL_NO_AFFINITY=1 \
-	AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 AFL_FAST_CAL=1 afl-fuzz
+# Five seconds each, or what FUZZ_S says.
+AFL_S = $(if $(filter file,$(origin FUZZ_S)),5,$(FUZZ_S))
 .PHONY: fuzz-afl
 build/fuzz-afl: $(FUZZ_SRC)
 	@echo "  CC      $@"
@@ -306,7 +306,7 @@ build/fuzz-afl: $(FUZZ_SRC)
 fuzz-afl:
 	@test/setup.sh prove
 	@$(MAKE) --no-print-directory build/fuzz-afl build/fuzz-clang
-	@python3 test/fuzz/afl.py $(FUZZ_S) $(FUZZ_TARGETS)
+	@python3 test/fuzz/afl.py $(AFL_S) $(FUZZ_TARGETS)
 
 blackbox realworld: lkjwt
 	@$(PYTEST) test/$@
@@ -382,6 +382,10 @@ help:
 	@echo "make unit, blackbox, realworld, fresh   one of the suites"
 	@echo "make attack     slow clients, toxic peers, hostile chains, lighttpd"
 	@echo "make soak       SOAK_S seconds of load amid faults"
+	@echo "make faults     each system call fails in turn, in each scenario"
+	@echo "make crypto     Wycheproof's vectors, tokens by and for PyJWT"
+	@echo "make analyze    gcc's and clang's analyzers, cppcheck, MSan"
+	@echo "make fuzz-afl   the fuzz targets by AFL++"
 	@echo "make fuzz       searches FUZZ_S seconds a target; fuzz-replay:"
 	@echo "                the seeds once"
 	@echo "make bench      CPU, latency, memory beside nginx; BENCH_PEER=,"
