@@ -1,5 +1,5 @@
 """Runs the service where there is nothing else: a folder that holds only the
-binary as a read-only root, uid 1000, no capability, as PID 1.
+binary as a read-only root, a uid of no account, no capability, as PID 1.
 
 For a container's file system (image.py) and for the bare binary (audit.py).
 """
@@ -21,7 +21,7 @@ DEADLINE_S = 20
 NETNS = str(pathlib.Path(__file__).with_name("netns"))
 
 
-def jail(root, command, namespace):
+def jail(root, command, namespace, uid):
     """bubblewrap's command line; the network is the one of `namespace`, a
     process, so that service and health check share one."""
     inside = [] if namespace is None else [
@@ -29,7 +29,7 @@ def jail(root, command, namespace):
     env = [word for pair in ENV.items() for word in ("--setenv", *pair)]
     return inside + [
         "bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc",
-        "--unshare-uts", "--uid", "1000", "--gid", "1000",
+        "--unshare-uts", "--uid", str(uid), "--gid", str(uid),
         "--cap-drop", "ALL", "--as-pid-1", "--die-with-parent",
         "--ro-bind", str(root), "/", "--clearenv", *env, "--", *command]
 
@@ -44,32 +44,32 @@ def children(pid):
     return [int(word) for word in path.read_text().split()]
 
 
-def healthcheck(root, command, namespace):
-    return subprocess.run(jail(root, command, namespace), text=True,
+def healthcheck(root, command, namespace, uid):
+    return subprocess.run(jail(root, command, namespace, uid), text=True,
                           timeout=DEADLINE_S, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
 
 
 def checks(root, serve=("/lk-jwt-service",),
-           probe=("/lk-jwt-service-healthcheck",)):
+           probe=("/lk-jwt-service-healthcheck",), uid=1000):
     """Yields (text, problem); problem is empty when all is well."""
     holder = subprocess.Popen([NETNS, "sh", "-c", "echo up; exec sleep 600"],
                               stdout=subprocess.PIPE, text=True)
     service = None
     try:
         holder.stdout.readline()
-        result = healthcheck(root, probe, holder.pid)
+        result = healthcheck(root, probe, holder.pid, uid)
         yield ("scratch: the health check exits 1 and says why when nothing "
                "listens", "" if result.returncode == 1
                and result.stdout.count("\n") == 1
                else f"exit {result.returncode}, {result.stdout!r}")
         log = root.with_name(root.name + ".log")
         with open(log, "wb") as stderr:
-            service = subprocess.Popen(jail(root, serve, holder.pid),
-                                       stderr=stderr)
+            service = subprocess.Popen(jail(root, serve, holder.pid,
+                                            uid), stderr=stderr)
         limit = time.monotonic() + DEADLINE_S
         while True:
-            result = healthcheck(root, probe, holder.pid)
+            result = healthcheck(root, probe, holder.pid, uid)
             ended = service.poll() is not None
             if result.returncode == 0 or ended or time.monotonic() > limit:
                 break
@@ -91,8 +91,9 @@ def checks(root, serve=("/lk-jwt-service",),
         yield ("scratch: it is PID 1 of its namespace",
                "" if facts["NSpid"].split()[-1] == "1" else facts["NSpid"])
         mapped = pathlib.Path(f"/proc/{inner}/uid_map").read_text().split()
-        yield ("scratch: it runs as uid 1000",
-               "" if mapped[0] == "1000" and mapped[2] == "1" else str(mapped))
+        yield (f"scratch: it runs as uid {uid}",
+               "" if mapped[0] == str(uid) and mapped[2] == "1"
+               else str(mapped))
         mounts = pathlib.Path(f"/proc/{inner}/mounts").read_text().split("\n")
         options = [line.split()[3].split(",") for line in mounts if line]
         yield ("scratch: its only file system is read-only",
