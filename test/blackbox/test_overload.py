@@ -31,6 +31,12 @@ def together(jobs):
     return out
 
 
+def are_told(s, event, count, **match):
+    """That many lines of the event come, and no more."""
+    s.wait_event(event, count, **match)
+    return len(s.events(event, **match)) == count
+
+
 def ask(s, rig, hs, path="/sfu/get", **more):
     return s.post(path, rig.body(path, hs, **more))
 
@@ -113,7 +119,7 @@ def test_breaker_lets_one_request_try(rig):
             refused = len(s.events("BREAKER_OPEN"))
             for _ in range(10):
                 check_error(ask(s, rig, hs), 401, "M_UNAUTHORIZED", UNAUTHORIZED)
-            assert len(s.events("BREAKER_OPEN")) == refused + 10 and len(hs.asked()) == 1
+            assert are_told(s, "BREAKER_OPEN", refused + 10) and len(hs.asked()) == 1
         finally:
             hs.off()
 
@@ -171,7 +177,7 @@ def test_rate_of_a_user(rig):
         for r in limited:
             check_error(r, 429, "M_LIMIT_EXCEEDED")
             assert int(r.header("Retry-After")) >= 1 and r.json["retry_after_ms"] >= 1000
-        assert len(s.events("RATE_USER")) == len(limited)
+        assert are_told(s, "RATE_USER", len(limited))
         check_granted(ask(s, rig, rig.full))
         wait_for("one more", lambda: time.sleep(0.3) or ask(s, rig, rig.full, sub=sub, token=token).status == 200)
 
@@ -183,7 +189,7 @@ def test_rate_of_a_server(rig):
             body = make_body("/sfu/get", rig.other.netloc, token=f"{CANARY_TOKEN}.unknown")
             check_error(s.post("/sfu/get", body), 401, "M_UNAUTHORIZED", UNAUTHORIZED)
         got = [ask(s, rig, rig.other, path=("/sfu/get", "/get_token")[n % 2]).status for n in range(6)]
-        assert got == [200] * 4 + [429] * 2 and len(s.events("RATE_SERVER")) == 2
+        assert got == [200] * 4 + [429] * 2 and are_told(s, "RATE_SERVER", 2)
         assert [ask(s, rig, rig.full).status for _ in range(10)] == [200] * 10
 
 
@@ -195,7 +201,7 @@ def test_rate_of_new_rooms(rig, env, event):
     who = {} if event == "many users" else dict(zip(("sub", "token"), rig.user(rig.other)))
     with rig.service(LIVEKIT_FULL_ACCESS_HOMESERVERS="*", **env) as s:
         got = [ask(s, rig, rig.other, room=f"!new{n}:x", **who).status for n in (1, 2, 1, 3, 2)]
-        assert got == [200, 200, 200, 429, 200] and len(s.events("RATE_ROOMS")) == 1
+        assert got == [200, 200, 200, 429, 200] and are_told(s, "RATE_ROOMS", 1)
     with rig.service(**env) as s:
         assert [ask(s, rig, rig.full, room=f"!new{n}:x").status for n in range(5)] == [200] * 5
 
@@ -278,8 +284,7 @@ def test_followers_are_counted_as_waiting(rig, pki):
             for _ in range(160):
                 wires.append(s.wire())
                 wires[-1].send(b"POST /sfu/get HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            s.wait_event("QUEUE_FULL", 31)
-            assert len(s.events("QUEUE_FULL")) == 31 and len(hs.asked()) == 1
+            assert are_told(s, "QUEUE_FULL", 31) and len(hs.asked()) == 1
             check_granted(ask(s, rig, rig.full))
             for w in wires:
                 w.close()
@@ -390,7 +395,7 @@ def test_rate_of_an_address(rig):
             assert got == (429 if same else 200), (fields, got)
         reply = s.post("/sfu/get", rig.body("/sfu/get", rig.other), [("X-Forwarded-For", "203.0.113.9")])
         check_error(reply, 429, "M_LIMIT_EXCEEDED")
-        assert len(s.events("ADDR_LIMIT")) == sum(got == 429 for _, got in seen) + 1
+        assert are_told(s, "ADDR_LIMIT", sum(got == 429 for _, got in seen) + 1)
         # one IPv6 household, and another
         assert [status([v]) for v in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1")] == [200, 429, 200]
         assert s.request("GET", "/healthz", headers=[("X-Forwarded-For", "203.0.113.9")]).status == 200
@@ -486,7 +491,7 @@ def test_cold_handshakes_are_rationed(rig, pki):
             assert 1 <= len(late) <= 2 and len(got) - len(late) >= 4, [r.status for r in got]
             for r in late:
                 check_error(r, 429, "M_LIMIT_EXCEEDED")
-            assert len(s.events("TLS_BUDGET", step="tls")) == len(late)
+            assert are_told(s, "TLS_BUDGET", len(late), step="tls")
             assert not s.events("BREAKER_TRIPPED")
             assert until_granted_all(s, rig, hosts)
     finally:
