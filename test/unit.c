@@ -4,7 +4,8 @@
  * test is a row of a table; vectors in test/vectors/ are readable text.
  *
  *   build/unit-gcc [-v] [GROUP...]     -v names every row; `long` stands
- *                                      for the groups that take long
+ *                                      for the groups that take long;
+ *                                      -GROUP leaves one out
  */
 #include "unit_world.h"
 #include "unit_text.h"
@@ -66,12 +67,15 @@ int main(int argc, char **argv)
         for (int k = 1; k < argc; k++) {
             if (strcmp(argv[k], "-v") == 0)
                 verbose = true;
-            else
+            else if (argv[k][0] != '-')
                 wanted = false;
         }
         for (int k = 1; k < argc; k++)
             wanted |= strcmp(argv[k], group_tab[i].name) == 0
                 || (group_tab[i].is_long && strcmp(argv[k], "long") == 0);
+        for (int k = 1; k < argc; k++)
+            wanted &= argv[k][0] != '-'
+                || strcmp(argv[k] + 1, group_tab[i].name) != 0;
         if (!wanted)
             continue;
         group = group_tab[i].name;
