@@ -19,7 +19,7 @@ from test_realworld import SLOT, Ask, formula, granted, logged, refused
 STATE = "org.matrix.msc3401.call.member"
 DEVICE = "PHONE"
 HOUR = 3_600_000
-LONG = 90      # seconds; only a hang is longer
+LONG = 240     # seconds; only a hang is longer
 DELEGATE = "/delegate_delayed_leave"
 RESTRICTED = "Delegation of delayed events is only supported for full access users"
 
