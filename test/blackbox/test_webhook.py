@@ -637,7 +637,8 @@ def test_a_refused_webhook_is_not_remembered(world, job):
 
 # ---- what is told of them
 
-HOSTILE = ["\x1b[31mred", "a\nevent=GRANTED", 'x" y="z', "\u202e", "é" * 3000, "a" * 100000, "\0", "\ufffd", "%s%n"]
+# Bodies stay within the 64 KB that a refusal reads: more may meet a closed socket.
+HOSTILE = ["\x1b[31mred", "a\nevent=GRANTED", 'x" y="z', "\u202e", "é" * 3000, "a" * 12000, "\0", "\ufffd", "%s%n"]
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=[ascii(t)[:20] for t in HOSTILE])
