@@ -4567,7 +4567,7 @@ static int64_t io_wall_ms(void);                 /* unix time */
 static void io_random(void *p, size_t len);
 static void io_usage(int64_t *cpu_us, int64_t *resident);
 static int io_accept(int listener, struct ip *peer);     /* fd */
-static int io_spare(int fd);                     /* another of the same */
+static int io_spare(int fd);                     /* a copy of one */
 static int io_connect(const struct addr *a, const struct trust *t, bool udp);
 static int io_connect_unix(sl path);
 static int io_connected(int fd);                 /* 0, or why not */
@@ -10530,28 +10530,17 @@ static void load_run(int64_t now)
 
 /* Webhooks seen in the last LIM_SEEN_MS, 4-way sets: the same event again
  * has the same answer and no effect. */
-static struct { uint8_t key[16]; int64_t until; } seen_cache[LIM_SEEN_CNT];
+static struct memo seen_cache[LIM_SEEN_CNT];
 
 /* Whether a body, its event's id in it, was seen; with `mark` it counts as
  * seen from now on. */
 static bool webhook_seen(const uint8_t body_sum[32], bool mark, int64_t now)
 {
-    uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, { body_sum, 32 } };
-    hash_parts(part, 2, sum);
-    size_t set = be16(sum) % (LIM_SEEN_CNT / 4) * 4, best = set;
-    for (size_t i = set; i < set + 4; i++) {
-        if (seen_cache[i].until > now
-            && memcmp(seen_cache[i].key, sum, 16) == 0)
-            return true;
-        if (seen_cache[i].until < seen_cache[best].until)
-            best = i;
-    }
-    if (mark) {
-        memcpy(seen_cache[best].key, sum, 16);
-        seen_cache[best].until = now + LIM_SEEN_MS;
-    }
-    return false;
+    uint64_t key = memo_key('w', (sl){ body_sum, 32 });
+    bool seen = memo_holds(seen_cache, LIM_SEEN_CNT, key, now);
+    if (mark && !seen)
+        memo_get(seen_cache, LIM_SEEN_CNT, key, true)->at = now + LIM_SEEN_MS;
+    return seen;
 }
 
 /* Let a verified webhook act, once. req: of the request it came by; mark:
@@ -11574,11 +11563,11 @@ static bool webhook_refused(struct conn *c, struct h1_body body, int64_t now)
     return true;
 }
 
-static void conn_log_addr(const struct conn *c)
+static void conn_log_addr(const struct ip *client, sl req)
 {
     uint8_t text[64];
-    LOG(EV_ADDR_LIMIT, KV("req", ((sl){ c->req, c->req_len })),
-        KV("addr", text_addr(text, &(struct addr){ c->client, 0 })));
+    LOG(EV_ADDR_LIMIT, KV("req", req),
+        KV("addr", text_addr(text, &(struct addr){ *client, 0 })));
 }
 
 /* Whether a client address is the same for counting: IPv6 by its /64, one
@@ -11636,7 +11625,7 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         && conn_addr_full(&c->client, c)) {
         c->is_keep = false;
         c->is_refused = true;
-        conn_log_addr(c);
+        conn_log_addr(&c->client, (sl){ c->req, c->req_len });
         conn_error(c, RE_BUSY, NULL, now);
         return;
     }
@@ -11871,9 +11860,7 @@ static void conn_open(int fd, const struct ip *peer, bool is_metrics,
     bool is_proxy = !is_metrics && (cfg.bind.is_unix
         || ip_in_any(peer, cfg.proxy, cfg.proxy_cnt));
     if (!is_metrics && !is_proxy && conn_addr_full(peer, NULL)) {
-        uint8_t text[64];
-        LOG(EV_ADDR_LIMIT, KV("addr", text_addr(text,
-            &(struct addr){ *peer, 0 })));
+        conn_log_addr(peer, (sl){ NULL, 0 });
         conn_turn_away(fd);
         return;
     }
@@ -12363,12 +12350,18 @@ static int64_t exchange_room_end(const struct exchange *x, int64_t now)
     return end < now + LIM_RPC_MS ? end : now + LIM_RPC_MS;
 }
 
+/* The entry of x's room among those created of late. */
+static uint64_t exchange_room_key(const struct exchange *x)
+{
+    return memo_key('a', (sl){ x->alias, HASH_NAME_LEN });
+}
+
 /* Whether a room may be created that was not of late. Only under the lone
  * `*` is that counted (T5). */
 static bool exchange_new_room(struct exchange *x, int64_t now)
 {
     if (!cfg.is_open || x->is_asked || memo_holds(room_cache, LIM_ROOM_CNT,
-            memo_key('a', (sl){ x->alias, HASH_NAME_LEN }), now))
+            exchange_room_key(x), now))
         return true;
     x->is_asked = true;
     return rate_ok(memo_key('r', (sl){ x->user, x->user_len }),
@@ -12594,8 +12587,7 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
         if (cfg.is_open)
-            memo_get(room_cache, LIM_ROOM_CNT, memo_key('a',
-                (sl){ x->alias, HASH_NAME_LEN }), true)->at
+            memo_get(room_cache, LIM_ROOM_CNT, exchange_room_key(x), true)->at
                 = now + LIM_ROOM_MS;
         exchange_lead(x, true, EV_NONE, RE_SFU);
         exchange_roomed(x, now);
@@ -12757,6 +12749,22 @@ static bool token_ok(sl token)
     return true;
 }
 
+/* Join who asks already, start the lookup, or queue for it. */
+static void exchange_enter(struct exchange *x, int64_t now)
+{
+    size_t leader = exchange_find_lookup(x);
+    bool joins = leader < LIM_SLOT_CNT;
+    if (!joins && !exchange_has_queue(x->dest)
+        && lookup_may_open(x->dest, x->is_listed, now))
+        exchange_admit(x, now);
+    else if (!exchange_may_wait(x))
+        exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
+    else if (joins)
+        exchange_follow(x, leader);
+    else
+        exchange_queue(x, now);
+}
+
 /* Steps 2 to 7 of PROTOCOL section 4, then the lookup. */
 static void exchange_start(struct conn *c, enum endpoint endpoint,
     int64_t now)
@@ -12767,7 +12775,7 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     sl addr = { c->client.b, c->client.v6 ? 8 : 4 };
     if (cfg.rate_addr.burst && c->has_client && !rate_ok(memo_key(
             c->client.v6 ? '6' : '4', addr), &cfg.rate_addr, now)) {
-        conn_log_addr(c);
+        conn_log_addr(&c->client, request_id(c));
         conn_error(c, RE_LIMITED, NULL, now);
         return;
     }
@@ -12799,14 +12807,8 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
     else if (!token_ok(x->r.access_token))
         exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
-    else if (exchange_find_lookup(x) < LIM_SLOT_CNT ? exchange_may_wait(x)
-             : lookup_may_open(x->dest, x->is_listed, now)
-             && !exchange_has_queue(x->dest))
-        exchange_admit(x, now);
-    else if (exchange_find_lookup(x) < LIM_SLOT_CNT || !exchange_may_wait(x))
-        exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
     else
-        exchange_queue(x, now);
+        exchange_enter(x, now);
 }
 
 static void srv_get_token(struct conn *c, int64_t now)
@@ -14835,7 +14837,9 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof chan_pool + sizeof chan_tls + sizeof chan_io + sizeof up_pool
     + sizeof up_in + sizeof lookup_pool + sizeof query_pool
     + sizeof dns_cache + sizeof wk_cache + sizeof session_cache
-    + sizeof sig_cache + sizeof seen_cache + sizeof hs_pool
+    + sizeof sig_cache + sizeof seen_cache + sizeof rate_cache
+    + sizeof breaker_cache + sizeof known_cache + sizeof room_cache
+    + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
     + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof poll_tab

@@ -196,7 +196,6 @@ PLAIN_COMPARISON = {
     "main": "the name of a command",
     "hs_swap": "hashes of certificates that the peer itself has sent",
     "wk_slot": "a place in a cache, by the keyed hash of a name",
-    "webhook_seen": "a place in a cache, by the keyed hash of a body",
 }
 SECRET = re.compile(r"\b(mac|want|sum|digest|hash|sec_\w+"
                     r"|\w*(?:secret|password)\w*)\b")

@@ -380,6 +380,11 @@ static void net_reset(void)
     ZERO(wk_cache);
     ZERO(up_pool);
     ZERO(lookup_pool);
+    ZERO(lookup_hot);
+    ZERO(known_cache);
+    ZERO(exchange_states);
+    lookup_active = lookup_strangers = lookup_unknown = 0;
+    exchange_room_cnt = 0;
     ZERO(chan_pool);
     ZERO(session_cache);
     ZERO(big_used);

@@ -387,6 +387,7 @@ static void se_begin(sl input)
     ZERO(api_pool);
     ZERO(redirect_pool);
     ZERO(seen_cache);
+    ZERO(known_cache);
     ZERO(look_in_ring);
     ZERO(gone_ring);
     ZERO(rds_pool);
