@@ -206,13 +206,8 @@ static const char *fault_health(void)
 static const char *fault_signals(void)
 {
     exchange_reset(SUB_A, NULL);
-    struct bb pem = work_bb();
-    pem_put(&pem, cert_make((struct plan){ .is_ca = true,
-        .subject = "stray", .issuer = "stray", .key = K_OTHER,
-        .signer = K_OTHER }));
-    bb_byte(&pem, 0);
-    file_write("build/unit/ca3.pem", (char *)work_buf);
-    cfg.ca_file = SL("build/unit/ca3.pem\0");
+    stray_file(true);
+    cfg.ca_file = SL(STRAY "\0");
     cfg.ca_only = true;
     unsigned before = anchor_gen;
     fault_arm();
@@ -464,7 +459,7 @@ static void fault_start_child(void)
         { "LIVEKIT_FULL_ACCESS_HOMESERVERS", "a.org" },
         { "LKJWT_FEDERATION_API_URL_OVERRIDES", "a.org=http://10.0.0.9" },
         { "LKJWT_HOSTS_FILE", "build/unit/hosts" },
-        { "LKJWT_CA_FILE", "build/unit/ca3.pem" },
+        { "LKJWT_CA_FILE", STRAY },
         { "LKJWT_CA_ONLY", "true" },
         { "LIVEKIT_JWT_BIND", "127.0.0.1:8080" },
         { "LKJWT_METRICS_BIND", "127.0.0.1:8081" },
@@ -534,16 +529,11 @@ static void fault_start_rows(void)
 {
     static const struct fault_row tab[] = {
         { "start-up", 0, fault_start, fault_start_left, true } };
-    struct bb pem = work_bb();
     fault_child = mmap(NULL, sizeof *fault_child, PROT_READ | PROT_WRITE,
         MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (fault_child == MAP_FAILED)
         abort();
-    pem_put(&pem, cert_make((struct plan){ .is_ca = true,
-        .subject = "stray", .issuer = "stray", .key = K_OTHER,
-        .signer = K_OTHER }));
-    bb_byte(&pem, 0);
-    file_write("build/unit/ca3.pem", (char *)work_buf);
+    stray_file(true);
     file_write("build/unit/hosts", "127.0.0.1 localhost\n");
     file_write("build/unit/keys",
         "devkey: 0123456789abcdef0123456789abcdef\n");

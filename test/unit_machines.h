@@ -2417,6 +2417,20 @@ static bool loop_is_sound(void)
     return ok && heaps == heap_cnt && polls == poll_cnt;
 }
 
+#define STRAY "build/unit/ca2.pem"
+
+/* A CA file with an authority that has signed nothing here, or with none. */
+static void stray_file(bool is_good)
+{
+    struct bb b = work_bb();
+    if (is_good)
+        pem_put(&b, cert_make((struct plan){ .is_ca = true,
+            .subject = "stray", .issuer = "stray", .key = K_OTHER,
+            .signer = K_OTHER }));
+    bb_byte(&b, 0);
+    file_write(STRAY, (char *)work_buf);
+}
+
 static void test_loop(void)
 {
     /* random settings against what they should add up to */
@@ -2511,14 +2525,8 @@ static void test_loop(void)
         (void)net_run(up_is_over, 60000);
         up_close(up_test, world_ms);
         unsigned idle = sock_open_cnt(), held = 0;
-        struct bb b = work_bb();
-        if (!bad)
-            pem_put(&b, cert_make((struct plan){ .is_ca = true,
-                .subject = "stray", .issuer = "stray", .key = K_OTHER,
-                .signer = K_OTHER }));
-        bb_byte(&b, 0);
-        file_write("build/unit/ca2.pem", (char *)work_buf);
-        cfg.ca_file = SL("build/unit/ca2.pem\0");
+        stray_file(!bad);
+        cfg.ca_file = SL(STRAY "\0");
         cfg.ca_only = true;
         signal_reload = 1;
         net_run(net_never, 10);
@@ -2546,13 +2554,8 @@ static void test_loop(void)
         .slow_ms = 1000 };
     (void)up_begin_test((struct up_opt){ .tls = true });
     net_run(net_never, 500);
-    struct bb pem = work_bb();
-    pem_put(&pem, cert_make((struct plan){ .is_ca = true,
-        .subject = "stray", .issuer = "stray", .key = K_OTHER,
-        .signer = K_OTHER }));
-    bb_byte(&pem, 0);
-    file_write("build/unit/ca2.pem", (char *)work_buf);
-    cfg.ca_file = SL("build/unit/ca2.pem\0");
+    stray_file(true);
+    cfg.ca_file = SL(STRAY "\0");
     cfg.ca_only = true;
     signal_reload = 1;
     (void)net_run(up_is_over, 60000);

@@ -38,6 +38,20 @@ WELL_KNOWN = "/.well-known/matrix/server"
 CREATE_ROOM = "/twirp/livekit.RoomService/CreateRoom"
 
 
+def together(jobs):
+    """Run functions at once; what they return, in order."""
+    out = [None] * len(jobs)
+
+    def run(n):
+        out[n] = jobs[n]()
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(jobs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    return out
+
+
 def wait_for(what, ask, timeout=HANG):
     """Poll ask() until it is true; its value."""
     end = time.monotonic() + timeout

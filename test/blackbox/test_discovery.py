@@ -5,13 +5,12 @@ certificate of exactly that name, so a granted exchange proves connect address, 
 certificate name at once.
 """
 import email.utils
-import threading
 import time
 
 import pytest
 
 from outbound import Exchange, by_token, fresh, lkjwt, pki, pub, PUB, PUB6, token_for
-from peers import BlackHole, Dns, Dnsmasq, Homeserver, RawServer, Reply, Sfu, SUB_PATH, WELL_KNOWN, chunked
+from peers import BlackHole, Dns, Dnsmasq, Homeserver, RawServer, Reply, Sfu, SUB_PATH, WELL_KNOWN, chunked, together
 from service import CANARY_KEY, CANARY_SECRET
 
 V4 = {n: PUB % n for n in range(1, 40)}
@@ -332,16 +331,8 @@ def test_well_known_is_fetched_once(headers, svc, hs):
 
 def at_once(svc, servers):
     """Exchanges in parallel, each with a token of its own; their replies."""
-    out = [None] * len(servers)
-
-    def one(i):
-        out[i] = Exchange(svc, servers[i], token=token_for(servers[i], f"u{i}"))
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(servers))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
-    return out
+    return together([lambda i=i, server=server: Exchange(svc, server, token=token_for(server, f"u{i}"))
+                     for i, server in enumerate(servers)])
 
 
 def test_well_known_is_fetched_once_for_all_who_wait(svc, hs):

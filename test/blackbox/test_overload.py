@@ -9,26 +9,12 @@ import time
 import pytest
 
 from exchange import UNAUTHORIZED, check_error, check_granted, check_token, hashed, identity, make_body
-from peers import Homeserver, Reply, wait_for
+from peers import Homeserver, Reply, together, wait_for
 from service import CANARY_TOKEN, DEADLINE, Closed, free_port, run_cli
 
 USERINFO = "/_matrix/federation/v1/openid/userinfo"
 GONE = Reply(raw=b"", reset=True)
 ON = {"LKJWT_RATE_USER": None, "LKJWT_RATE_SERVER": None, "LKJWT_BREAKER_FAILURES": None}
-
-
-def together(jobs):
-    """Run functions at once; what they return, in order."""
-    out = [None] * len(jobs)
-
-    def run(n):
-        out[n] = jobs[n]()
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(jobs))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
-    return out
 
 
 def are_told(s, event, count, **match):
