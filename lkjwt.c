@@ -6275,6 +6275,8 @@ struct up_call {
     /* the request; NULL: no HTTP, the owner takes over the connection */
     void (*build)(uint16_t owner_idx, struct bb *b);
     bool skip_verify;        /* without HTTP: accept any certificate */
+    struct memo *breaker;    /* hears how the call ended; NULL: none */
+    sl server;               /* its name in the log */
 };
 
 /* One call in progress.
@@ -6356,6 +6358,13 @@ static enum verdict up_verdict(const struct up *u)
     if (u->state == UP_DONE)
         return u->head.status >= 500 ? PEER_FAILED : PEER_OK;
     return u->state == UP_FAILED ? peer_verdict(u->why) : PEER_UNASKED;
+}
+
+/* Tell the breaker of a call's peer. The owner asked breaker_refuses. */
+static void up_report(const struct up_call *c, enum verdict v, int64_t now)
+{
+    if (c->breaker)
+        breaker_report(c->breaker, c->trust.class, v, c->server, now);
 }
 
 static sl up_field(const struct up *u, enum h1_field f)
@@ -6484,8 +6493,10 @@ static struct up *up_open(const struct up_call *call, size_t from, size_t to,
     while (i < to && up_pool[i].state != UP_FREE)
         i++;
     if (i == to || call->host.len > LIM_HOST_LEN
-        || call->cert_name.len > LIM_HOST_LEN)
+        || call->cert_name.len > LIM_HOST_LEN) {
+        up_report(call, PEER_UNASKED, now);
         return NULL;
+    }
     struct up *u = &up_pool[i];
     memset(u, 0, sizeof *u);
     u->call = *call;
@@ -6513,6 +6524,7 @@ static void up_close(struct up *u, int64_t now)
 {
     if (u->state == UP_FREE)
         return;
+    up_report(&u->call, up_verdict(u), now);
     up_drop_tries(u, LIM_TRY_CNT);
     loop_set(KIND_UP, (size_t)(u - up_pool), -1, 0, INT64_MAX);
     if (u->chan) {
@@ -7996,8 +8008,8 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
 
 static struct memo lk_breaker;
 
-/* Open a call at the SFU in the slots of exchanges or jobs, when its
- * breaker allows. NULL: none free. */
+/* Open a call at the SFU in the slots of exchanges or jobs. NULL: none
+ * free. */
 static struct up *lk_open(enum kind owner, uint16_t owner_idx,
     void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
 {
@@ -8008,19 +8020,9 @@ static struct up *lk_open(enum kind owner, uint16_t owner_idx,
         .is_tls = cfg.api.is_tls, .search = true,
         .host = cfg.api.url.name.host, .port = cfg.api.port,
         .cert_name = cfg.api.url.name.host, .reply_cap = LIM_RPC_LEN,
-        .end = end, .build = build };
-    struct up *u = up_open(&c, from, to, now);
-    if (!u)
-        breaker_report(&lk_breaker, CLASS_OPERATOR, PEER_UNASKED,
-            (sl){ NULL, 0 }, now);
-    return u;
-}
-
-/* Tell the SFU's breaker how a call ended. */
-static void lk_report(const struct up *u, int64_t now)
-{
-    breaker_report(&lk_breaker, CLASS_OPERATOR, up_verdict(u),
-        cfg.api.url.name.whole, now);
+        .end = end, .build = build, .breaker = &lk_breaker,
+        .server = cfg.api.url.name.whole };
+    return up_open(&c, from, to, now);
 }
 
 /* The `code` of a Twirp error, if it is one of Twirp's own words. */
@@ -8853,7 +8855,6 @@ static void job_close_look(struct job *j, int64_t now)
 {
     if (!j->look)
         return;
-    lk_report(j->look, now);
     up_close(j->look, now);
     j->look = NULL;
     while (look_waiting) {
@@ -8898,8 +8899,6 @@ static void job_drop_call(struct job *j, int64_t now)
     job_drop_redirect(j);
     if (!j->call)
         return;
-    breaker_report(&a->breaker, a->trust.class, up_verdict(j->call),
-        job_server(j), now);
     up_close(j->call, now);
     j->call = NULL;
     j->is_second_try = false;
@@ -9312,7 +9311,8 @@ MUST_USE static bool job_start_call(struct job *j, bool is_stable,
         .host = a->url.name.host, .port = a->port,
         .cert_name = a->url.name.host, .reply_cap = LIM_RPC_LEN,
         .end = now + LIM_DELAYED_MS, .build = job_build_call,
-        .is_known = true };
+        .is_known = true, .breaker = &a->breaker,
+        .server = job_server(j) };
     c.search = a->trust.class == CLASS_OPERATOR
         || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
     j->is_stable = is_stable;
@@ -9587,8 +9587,6 @@ static void job_run_queue(struct api *a, int64_t now)
         }
         if (!job_start_call(j, a->is_stable, now)) {
             a->is_starved = true;            /* api_wake_next */
-            breaker_report(&a->breaker, a->trust.class, PEER_UNASKED,
-                (sl){ NULL, 0 }, now);
             at = now + 1000;
             break;
         }
@@ -12146,7 +12144,6 @@ static void exchange_drop(struct exchange *x, int64_t now)
         exchange_wake(X_WAIT, 0);
     }
     if (x->up) {
-        lk_report(x->up, now);
         up_close(x->up, now);
         x->up = NULL;
         exchange_wake(X_ROOM_WAIT, 0);
