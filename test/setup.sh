@@ -57,7 +57,7 @@ apt_load='haproxy:haproxy redis-server:redis-server cpulimit:cpulimit
 apt_attack='slowhttptest:slowhttptest lighttpd:lighttpd
     redis-server:redis-server python3-venv:@ensurepip'
 
-apt_prove='clang:clang clang-tools:scan-build cppcheck:cppcheck
+apt_prove='clang:clang cppcheck:cppcheck
     afl++:afl-fuzz libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux
     python3-venv:@ensurepip'
 
@@ -264,6 +264,8 @@ get_livekit() {
         $livekit
 }
 
+get_vegeta() { go_tool vegeta github.com/tsenart/vegeta/v12 $vegeta; }
+
 # Readers of charts, manifests and compose files, and Caddy.
 get_deploy() {
     go_tool helm helm.sh/helm/v3/cmd/helm $helm
@@ -321,49 +323,17 @@ apt_need $list
 set +f
 get_bearssl
 case $want in
-test | all)
-    get_venv
-    get_json_suite
-    get_livekit
-    ;;
-esac
-case $want in
-image | release | all) get_release ;;
-esac
-case $want in
-release)
-    get_venv
-    get_json_suite
-    ;;
-esac
-case $want in
-browser | all)
-    get_venv
-    get_livekit
-    get_browser
-    ;;
-esac
-case $want in
-deploy | all)
-    get_venv
-    get_livekit
-    get_deploy
-    ;;
-esac
-case $want in
-dash | load | attack | all) get_venv ;;
-esac
-case $want in
-dash | all) get_grafana ;;
-esac
-case $want in
-load | all)
-    go_tool vegeta github.com/tsenart/vegeta/v12 $vegeta
-    ;;
-esac
-case $want in
-prove | all)
-    get_venv
-    get_wycheproof
+image) get_release ;;
+release) get_release; get_venv; get_json_suite ;;
+test) get_venv; get_json_suite; get_livekit ;;
+browser) get_venv; get_livekit; get_browser ;;
+deploy) get_venv; get_livekit; get_deploy ;;
+dash) get_venv; get_grafana ;;
+load) get_venv; get_vegeta ;;
+attack) get_venv ;;
+prove) get_venv; get_wycheproof ;;
+all)
+    get_venv; get_json_suite; get_livekit; get_release
+    get_browser; get_deploy; get_grafana; get_vegeta; get_wycheproof
     ;;
 esac
