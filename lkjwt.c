@@ -22,7 +22,7 @@
  * reads the JSON; a lookup (18) finds and asks the homeserver through
  * calls (17) that resolve (15), dial and speak TLS (16); exchange_verified
  * decides; a call creates the room (19); jwt_put_join (11) writes the
- * grant; conn_answer replies. One thread, one poll: loop_round (26).
+ * grant; conn_answer replies. One thread, one wait: loop_round (26).
  * A delayed leave that is handed over becomes a job (21): webhooks and
  * look-ups tell it where the participant is, api_step restarts or sends.
  * With Redis (20) job_store writes it down before the client is answered;
@@ -190,6 +190,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -201,6 +202,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -229,6 +231,9 @@ enum {
     LIM_METRICS_CNT  = 4,      /* connections of the metrics listener */
     LIM_SLOT_CNT     = LIM_CONN_CNT + LIM_LANE_CNT + LIM_METRICS_CNT,
     LIM_LISTEN_CNT   = 4,      /* public and metrics, two families each */
+    LIM_READY_CNT    = 512,    /* descriptors served in one round */
+    LIM_FD_CNT       = 4096,   /* descriptors, inherited ones too; a higher */
+                               /* one counts as none free */
     LIM_LINE_LEN     = 4096,   /* request line; real ones < 300 */
     LIM_HEAD_LEN     = 8192,   /* request head; real ones < 1 KB */
     LIM_FIELD_CNT    = 64,     /* header fields of a request */
@@ -4594,6 +4599,7 @@ static const struct resolv *io_resolv(void);
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline);
 static void loop_wake(enum kind kind, size_t idx);
+static void loop_closed(int fd);                 /* it is about to be */
 
 /* Set by SIGTERM: 1 lame duck, 2 draining. */
 static int srv_stopping;
@@ -13121,6 +13127,18 @@ static void io_nodelay(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 }
 
+/* What a call for a socket returned: the descriptor, or -errno. One that is
+ * too high for the loop's table is given back. */
+static int io_fd(int fd)
+{
+    if (fd < 0)
+        return -errno;
+    if (fd < LIM_FD_CNT)
+        return fd;
+    close(fd);
+    return -EMFILE;
+}
+
 /* The next waiting client: its descriptor, or -errno. */
 static int io_accept(int listener, struct ip *peer)
 {
@@ -13131,8 +13149,9 @@ static int io_accept(int listener, struct ip *peer)
         fd = accept4(listener, (struct sockaddr *)&sa, &len,
             SOCK_NONBLOCK | SOCK_CLOEXEC);
     while (fd < 0 && (errno == EINTR || errno == ECONNABORTED));
+    fd = io_fd(fd);
     if (fd < 0)
-        return -errno;
+        return fd;
     *peer = (struct ip){ .v6 = sa.ss_family == AF_INET6 };
     if (sa.ss_family == AF_INET)
         memcpy(peer->b, &((struct sockaddr_in *)&sa)->sin_addr, 4);
@@ -13156,10 +13175,10 @@ static int io_connect(const struct addr *a, const struct trust *t, bool udp)
     socklen_t len = io_sockaddr(a, &sa);
     if (!net_allowed(a, t))
         return -EACCES;
-    int fd = socket(sa.ss_family, (udp ? SOCK_DGRAM : SOCK_STREAM)
-        | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    int fd = io_fd(socket(sa.ss_family, (udp ? SOCK_DGRAM : SOCK_STREAM)
+        | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     if (fd < 0)
-        return errno == EACCES ? -EPERM : -errno;
+        return fd == -EACCES ? -EPERM : fd;
     if (!udp)
         io_nodelay(fd);
     if (connect(fd, (struct sockaddr *)&sa, len) < 0 && errno != EINPROGRESS
@@ -13188,8 +13207,9 @@ static int io_connect_unix(sl path)
     struct sockaddr_un sa;
     if (!io_unix_addr(path, &sa))
         return -ENAMETOOLONG;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd >= 0 && connect(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
+    int fd = io_fd(socket(AF_UNIX,
+        SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    if (fd < 0 || connect(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
         return fd;
     int err = errno;
     io_close(&fd);
@@ -13231,8 +13251,10 @@ static void io_shutdown(int fd)
 
 static void io_close(int *fd)
 {
-    if (*fd >= 0)
+    if (*fd >= 0) {
+        loop_closed(*fd);
         close(*fd);
+    }
     *fd = -1;
 }
 
@@ -14376,6 +14398,8 @@ static const struct jail_row {
     { { 54, 208, 294 }, JR_ALLOW },  /* setsockopt */
     { { 51, 204, 286 }, JR_ALLOW },  /* getsockname */
     { { 52, 205, 287 }, JR_ALLOW },  /* getpeername */
+    { { 233, 21, 251 }, JR_ALLOW },  /* epoll_ctl */
+    { { 281, 22, 346 }, JR_ALLOW },  /* epoll_pwait */
     { { 271, 73, 336 }, JR_ALLOW },  /* ppoll */
     { { -1, -1, 414 }, JR_ALLOW },   /* ppoll_time64 */
     { { 7, -1, 168 }, JR_ALLOW },    /* poll */
@@ -14742,10 +14766,10 @@ MUST_USE static bool jail_enter(void)
 }
 
 /* ==== 26 LOOP ====================== PART III: WORLD ==================
- * Purpose  What is watched, in one table; poll, then step what is ready.
- * INV-O1   A descriptor is in the poll set once, a deadline in the heap
- *          once; both change only through loop_set.
- * INV-O2   Between two polls at most one call in a TLS handshake is
+ * Purpose  What is watched, in one table; wait, then step what is ready.
+ * INV-O1   A descriptor has one watcher, a deadline one place in the heap;
+ *          both change only through loop_set.
+ * INV-O2   Between two waits at most one call in a TLS handshake is
  *          stepped, after the clients (SECURITY section 5, loop rule).
  */
 
@@ -14788,17 +14812,30 @@ enum { WATCH_CNT = LIM_LISTEN_CNT + 2 * LIM_SLOT_CNT + LIM_UP_CNT
 /* One watched object. Places are index + 1; 0: not in that table. */
 static struct watch {
     int64_t deadline;
-    uint32_t gen;            /* grows when fd changes: stale events */
-    uint16_t poll_at, heap_at;
+    uint16_t fd_at, heap_at;
     uint16_t idx;
     uint8_t kind;
     bool is_woken;
 } watch_tab[WATCH_CNT];
-static struct pollfd poll_tab[WATCH_CNT];
-static uint16_t poll_who[WATCH_CNT], heap_tab[WATCH_CNT];
-static uint16_t wake_tab[WATCH_CNT];
-static size_t poll_cnt, heap_cnt, wake_head, wake_cnt;
+static uint16_t heap_tab[WATCH_CNT], wake_tab[WATCH_CNT];
+static size_t heap_cnt, wake_head, wake_cnt;
 static int64_t due_now;              /* while deadlines are served */
+
+/* One descriptor, and what the kernel watches it for: told when that is not
+ * enough (stale_tab), or when it reports what nobody wants. So a kept
+ * connection costs no call between two requests. */
+static struct watched_fd {
+    uint32_t gen;            /* grows when it is closed: old events */
+    uint16_t who;            /* place in watch_tab; 0: nobody */
+    uint8_t want, has;       /* POLLIN, POLLOUT */
+    bool is_known, is_stale; /* to the kernel; in stale_tab */
+} fd_tab[LIM_FD_CNT];
+static uint16_t stale_tab[LIM_FD_CNT];
+static size_t stale_cnt;
+static int loop_epoll = -1;
+
+_Static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR
+    && POLLHUP == EPOLLHUP && WATCH_CNT < UINT16_MAX, "one set of bits");
 
 static size_t loop_base(enum kind kind)
 {
@@ -14845,6 +14882,67 @@ static void heap_remove(struct watch *w)
         heap_fix(at, last);
 }
 
+/* Whether the kernel watches a descriptor for less than is wanted. */
+static bool fd_wants_more(const struct watched_fd *f)
+{
+    return f->who && (!f->is_known || (f->want & ~f->has));
+}
+
+/* Have the kernel watch a descriptor as wanted. False: it cannot now. */
+static bool fd_tell(int fd)
+{
+    struct watched_fd *f = &fd_tab[fd];
+    struct epoll_event e = { .events = f->want,
+        .data.u64 = (uint64_t)f->gen << 32 | (uint32_t)fd };
+    int op = !f->who ? EPOLL_CTL_DEL : f->is_known ? EPOLL_CTL_MOD
+        : EPOLL_CTL_ADD;
+    if (epoll_ctl(loop_epoll, op, fd, &e) < 0)
+        return false;
+    f->is_known = f->who > 0;
+    f->has = f->want;
+    return true;
+}
+
+static void fd_set_watch(uint16_t who, int fd, int events)
+{
+    struct watch *w = &watch_tab[who];
+    if (w->fd_at && w->fd_at != fd + 1 && fd_tab[w->fd_at - 1].who == who + 1)
+        fd_tab[w->fd_at - 1].who = 0;
+    w->fd_at = (uint16_t)(fd + 1);
+    if (fd < 0)
+        return;
+    struct watched_fd *f = &fd_tab[fd];
+    f->who = (uint16_t)(who + 1);
+    f->want = (uint8_t)events;
+    if (!f->is_stale && fd_wants_more(f)) {
+        f->is_stale = true;
+        stale_tab[stale_cnt++] = (uint16_t)fd;
+    }
+}
+
+/* Tell the kernel all that it must know before a wait. What it refuses, for
+ * want of memory, is tried again. */
+static void loop_tell(void)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < stale_cnt; i++) {
+        struct watched_fd *f = &fd_tab[stale_tab[i]];
+        f->is_stale = fd_wants_more(f) && !fd_tell(stale_tab[i]);
+        if (f->is_stale)
+            stale_tab[kept++] = stale_tab[i];
+    }
+    stale_cnt = kept;
+}
+
+/* A descriptor is about to be closed: the kernel forgets it by itself. */
+static void loop_closed(int fd)
+{
+    if (fd >= LIM_FD_CNT)
+        return;
+    struct watched_fd *f = &fd_tab[fd];
+    *f = (struct watched_fd){ .gen = f->gen + 1, .is_stale = f->is_stale };
+}
+
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline)
 {
@@ -14852,24 +14950,7 @@ static void loop_set(enum kind kind, size_t idx, int fd, int events,
     struct watch *w = &watch_tab[who];
     w->kind = (uint8_t)kind;
     w->idx = (uint16_t)idx;
-    if (fd >= 0) {
-        if (w->poll_at == 0) {
-            w->poll_at = (uint16_t)++poll_cnt;
-            poll_who[poll_cnt - 1] = who;
-            w->gen++;
-        }
-        struct pollfd *p = &poll_tab[w->poll_at - 1];
-        w->gen += p->fd != fd;
-        p->fd = fd;
-        p->events = (short)events;
-    } else if (w->poll_at) {
-        size_t at = w->poll_at - 1U;
-        poll_tab[at] = poll_tab[--poll_cnt];
-        poll_who[at] = poll_who[poll_cnt];
-        watch_tab[poll_who[at]].poll_at = (uint16_t)(at + 1);
-        w->poll_at = 0;
-        w->gen++;
-    }
+    fd_set_watch(who, fd, events);
     if (due_now && deadline <= due_now)
         deadline = due_now + 1;          /* others have their turn first */
     if (w->deadline == deadline && (w->heap_at || deadline == INT64_MAX))
@@ -14899,28 +14980,35 @@ static void loop_step(uint16_t who, int revents, int64_t now)
     (void)dispatch_tab[w->kind].step(w->idx, revents, now);
 }
 
-/* Step what poll reported: all light objects, then one heavy one, taking
- * turns by starting behind the last. */
-static void loop_ready(int64_t now)
+/* Whose the event is, place in watch_tab + 1, and what of it is wanted. 0:
+ * nobody's any more; the kernel watches in vain. */
+static uint16_t fd_whose(const struct epoll_event *e, int *revents)
 {
-    static struct { uint16_t who; short revents; uint32_t gen; }
-        ready[WATCH_CNT];
+    int fd = (int)(e->data.u64 & UINT32_MAX);
+    const struct watched_fd *f = &fd_tab[fd];
+    if (f->gen != e->data.u64 >> 32)
+        return 0;
+    *revents = (int)e->events & (f->want | POLLERR | POLLHUP);
+    if (f->who && *revents)
+        return f->who;
+    (void)fd_tell(fd);
+    return 0;
+}
+
+/* Step what is ready: all light objects, then one heavy one, taking turns by
+ * starting behind the last. */
+static void loop_ready(const struct epoll_event *ready, size_t cnt,
+    int64_t now)
+{
     static size_t turn;
-    size_t cnt = 0;
-    for (size_t i = 0; i < poll_cnt; i++)
-        if (poll_tab[i].revents) {
-            uint16_t who = poll_who[i];
-            ready[cnt].who = who;
-            ready[cnt].gen = watch_tab[who].gen;
-            ready[cnt++].revents = poll_tab[i].revents;
-            poll_tab[i].revents = 0;
-        }
     size_t heavy = cnt, heavy_key = SIZE_MAX;
+    int revents;
     for (size_t i = 0; i < cnt; i++) {
-        const struct watch *w = &watch_tab[ready[i].who];
-        const struct dispatch_row *row = &dispatch_tab[w->kind];
-        if (w->gen != ready[i].gen)
+        uint16_t who = fd_whose(&ready[i], &revents);
+        if (!who)
             continue;
+        const struct watch *w = &watch_tab[who - 1];
+        const struct dispatch_row *row = &dispatch_tab[w->kind];
         size_t weight = row->weight ? row->weight(w->idx) : 0;
         if (weight) {
             size_t key = weight * row->cnt
@@ -14931,11 +15019,12 @@ static void loop_ready(int64_t now)
             }
             continue;
         }
-        loop_step(ready[i].who, ready[i].revents, now);
+        loop_step((uint16_t)(who - 1), revents, now);
     }
-    if (heavy < cnt && watch_tab[ready[heavy].who].gen == ready[heavy].gen) {
-        turn = watch_tab[ready[heavy].who].idx + 1U;
-        loop_step(ready[heavy].who, ready[heavy].revents, now);
+    uint16_t who = heavy < cnt ? fd_whose(&ready[heavy], &revents) : 0;
+    if (who) {
+        turn = watch_tab[who - 1].idx + 1U;
+        loop_step((uint16_t)(who - 1), revents, now);
     }
 }
 
@@ -14972,30 +15061,35 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
-    + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof poll_tab
+    + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof fd_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
     "pools exceed the promise");
 
 static bool loop_is_over;
 
+/* Before the first round. False, with errno: there can be no loop. */
+MUST_USE static bool loop_open(void)
+{
+    loop_epoll = epoll_create1(EPOLL_CLOEXEC);
+    return loop_epoll >= 0;
+}
+
 /* One round: wait for something, then move it. */
 static void loop_round(const sigset_t *mask)
 {
-    int64_t now = io_now();
-    struct timespec wait = { 0, 0 }, *limit = NULL;
+    static struct epoll_event ready[LIM_READY_CNT];
+    loop_tell();
+    int64_t ms = stale_cnt ? 100 : INT_MAX;
     if (wake_cnt) {
-        limit = &wait;
+        ms = 0;
     } else if (heap_cnt) {
-        int64_t ms = watch_tab[heap_tab[0]].deadline - now;
-        ms = ms < 0 ? 0 : ms;
-        wait = (struct timespec){ (time_t)(ms / 1000),
-            (long)(ms % 1000 * 1000000) };
-        limit = &wait;
+        int64_t due = watch_tab[heap_tab[0]].deadline - io_now();
+        ms = due < 0 ? 0 : due < ms ? due : ms;
     }
-    int n = ppoll(poll_tab, poll_cnt, limit, mask);
-    now = io_now();
+    int n = epoll_pwait(loop_epoll, ready, COUNT_OF(ready), (int)ms, mask);
+    int64_t now = io_now();
     if (n > 0)
-        loop_ready(now);
+        loop_ready(ready, (size_t)n, now);
     loop_due(now);
     (void)signal_step(0, 0, now);
 }
@@ -15408,7 +15502,9 @@ static bool main_begin(void)
     bool ok = cfg_load();
     ok = ca_load() && ok && !cfg_fault_cnt;
     cfg_wipe();
-    return ok;
+    if (!loop_open())
+        cfg_say(EV_CONFIG_BAD, "-", "epoll_create1(2) is refused");
+    return ok && loop_epoll >= 0;
 }
 
 /* Tell every limit that a variable sets, one pair each. */

@@ -94,7 +94,7 @@ static const char *fault_after(int64_t rest_ms)
 static void fault_each(const struct fault_row *tab, size_t cnt)
 {
     static const char *const err_name[] = { "short", "EINTR", "EAGAIN",
-        "ECONNRESET", "ENOBUFS", "EMFILE", "ENOSYS" };
+        "ECONNRESET", "ENOBUFS", "ENOMEM", "EMFILE", "ENOSYS" };
     fault_fits = true;
     for (size_t i = 0; i < cnt; i++)
         for (size_t e = 0; e < COUNT_OF(fault_fit_tab); e++) {
@@ -424,7 +424,7 @@ static int64_t fault_since;
 static void fault_start_poll(void)
 {
     char body[2000];
-    if (!watch_tab[loop_base(KIND_LISTEN)].poll_at || signal_stop)
+    if (!watch_tab[loop_base(KIND_LISTEN)].fd_at || signal_stop)
         return;
     if (!fault_client[0]) {
         fault_child->seen = fault_seen;
@@ -473,7 +473,8 @@ static void fault_start_child(void)
         if (listener_pool[i].fd >= 0)
             sock_of(listener_pool[i].fd)->used = false;
     ZERO(watch_tab);
-    poll_cnt = 0;
+    ZERO(fd_tab);
+    stale_cnt = 0;
     memset(&cfg, 0, sizeof cfg);
     ZERO(anchor_set);
     fault_sent_before = world_sent;

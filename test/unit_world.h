@@ -2,7 +2,7 @@
  *
  * Sockets are entries of sock_tab. A scenario sets world_dial (what becomes
  * of a connection), world_sent (what a peer does with bytes) and lets
- * loop_round() run: ppoll() moves the clock to whatever happens next.
+ * loop_round() run: epoll_pwait() moves the clock to whatever happens next.
  */
 #define _GNU_SOURCE
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -21,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -101,9 +103,10 @@ static uint8_t *guarded(const void *p, size_t len)
 
 /* ---- the world ---- */
 
-enum { FD_BASE = 10000, SOCK_CNT = 4096, SOCK_BUF = 70000 };
+enum { FD_BASE = 500, SOCK_CNT = 3500, SOCK_BUF = 70000 };
 
 struct sock {
+    unsigned serial;
     bool used, is_udp, is_listener, is_peer_closed, is_shut;
     int family, type;
     struct sockaddr_storage to;
@@ -122,7 +125,7 @@ static struct sock *sock_tab[SOCK_CNT];
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
 static int64_t world_skew;              /* our wall clock alone is off */
-static int64_t world_end = INT64_MAX;   /* ppoll() waits no longer */
+static int64_t world_end = INT64_MAX;   /* no wait is longer */
 static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
 static void (*world_dial)(struct sock *s);
 static void (*world_sent)(struct sock *s);
@@ -131,7 +134,7 @@ static unsigned world_client_cnt;
 static int world_accept_errno;
 static unsigned world_sockets, world_connects;
 
-static void (*world_poll)(void);        /* before ppoll() waits */
+static void (*world_poll)(void);        /* before a wait */
 static bool world_is_random = true;     /* else zero bytes: no choice */
 static bool world_has_random = true;    /* getrandom() is there */
 
@@ -140,7 +143,8 @@ static bool world_has_random = true;    /* getrandom() is there */
  * those on sockets, by any. */
 enum { FAULT_NONE = -1 };
 enum call { CALL_SOCKET, CALL_CONNECT, CALL_ACCEPT, CALL_READ, CALL_WRITE,
-    CALL_SO_ERROR, CALL_SET, CALL_SHUTDOWN, CALL_PPOLL, CALL_RANDOM,
+    CALL_SO_ERROR, CALL_SET, CALL_SHUTDOWN, CALL_EPOLL,
+    CALL_EPOLL_MAKE, CALL_EPOLL_CTL, CALL_RANDOM,
     CALL_STDERR, CALL_POLL, CALL_FILE, CALL_FILE_READ, CALL_BIND };
 static long fault_at = FAULT_NONE, fault_seen;
 static int fault_errno;                 /* 0: a short read or write */
@@ -151,18 +155,19 @@ static const struct { int err; unsigned calls; } fault_fit_tab[] = {
     { 0, ONE(READ) | ONE(WRITE) | ONE(RANDOM) | ONE(STDERR)
         | ONE(FILE_READ) },
     { EINTR, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
-        | ONE(PPOLL) | ONE(RANDOM) | ONE(STDERR) | ONE(POLL)
+        | ONE(EPOLL) | ONE(RANDOM) | ONE(STDERR) | ONE(POLL)
         | ONE(FILE_READ) },
     { EAGAIN, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
         | ONE(STDERR) },
     { ECONNRESET, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
         | ONE(SO_ERROR) | ONE(SHUTDOWN) | ONE(STDERR) },
     { ENOBUFS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(READ)
-        | ONE(WRITE) | ONE(SO_ERROR) | ONE(SET) | ONE(PPOLL) | ONE(POLL)
+        | ONE(WRITE) | ONE(SO_ERROR) | ONE(SET) | ONE(EPOLL) | ONE(POLL)
         | ONE(FILE) | ONE(FILE_READ) | ONE(BIND) },
-    { EMFILE, ONE(SOCKET) | ONE(ACCEPT) | ONE(FILE) },
+    { ENOMEM, ONE(EPOLL_MAKE) | ONE(EPOLL_CTL) },
+    { EMFILE, ONE(SOCKET) | ONE(ACCEPT) | ONE(FILE) | ONE(EPOLL_MAKE) },
     { ENOSYS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(SO_ERROR)
-        | ONE(SET) | ONE(SHUTDOWN) | ONE(PPOLL) | ONE(POLL) | ONE(FILE)
+        | ONE(SET) | ONE(SHUTDOWN) | ONE(EPOLL) | ONE(EPOLL_MAKE) | ONE(POLL) | ONE(FILE)
         | ONE(BIND) },
 };
 #undef ONE
@@ -241,7 +246,7 @@ static struct sock *sock_new(void)
         sock_tab[i]->out[0] = 0;
         sock_tab[i]->used = true;
         sock_tab[i]->room = SIZE_MAX;
-        world_sockets++;
+        sock_tab[i]->serial = ++world_sockets;
         return sock_tab[i];
     }
     abort();
@@ -561,25 +566,73 @@ static short sock_events(const struct sock *s, short want, int64_t *next)
     return got;
 }
 
-static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
+/* What epoll_ctl() set, by socket. It is gone when the socket is closed. */
+static struct { const struct sock *sock; unsigned serial, events;
+    uint64_t data; } world_epoll[SOCK_CNT];
+
+static bool epoll_holds(int at)
+{
+    const struct sock *s = sock_tab[at];
+    return s && s->used && world_epoll[at].sock == s
+        && world_epoll[at].serial == s->serial;
+}
+
+static int w_epoll_create1(int flags)
+{
+    (void)flags;
+    memset(world_epoll, 0, sizeof world_epoll);
+    if (fault_fits && fault_fails(CALL_EPOLL_MAKE))
+        return -1;
+    return 499;
+}
+
+static int w_epoll_ctl(int set, int op, int fd, struct epoll_event *e)
+{
+    const struct sock *s = sock_of(fd);
+    int at = fd - FD_BASE;
+    (void)set;
+    if (!s || epoll_holds(at) != (op != EPOLL_CTL_ADD)) {
+        failed++;
+        printf("FAIL %s: epoll_ctl(%d, %d): %s\n", group, op, fd, !s
+            ? "no such descriptor" : "added twice, or never");
+        errno = s ? EEXIST : EBADF;
+        return -1;
+    }
+    if (fault_fits && fault_fails(CALL_EPOLL_CTL))
+        return -1;
+    world_epoll[at].sock = op == EPOLL_CTL_DEL ? NULL : s;
+    world_epoll[at].serial = s->serial;
+    world_epoll[at].events = e->events;
+    world_epoll[at].data = e->data.u64;
+    return 0;
+}
+
+static int w_epoll_pwait(int set, struct epoll_event *out, int cap, int ms,
     const sigset_t *mask)
 {
+    static int turn;                 /* the kernel serves all by turns */
+    (void)set;
     (void)mask;
     if (world_poll)
         world_poll();
-    if (fault_fits && fault_fails(CALL_PPOLL))
+    if (fault_fits && fault_fails(CALL_EPOLL))
         return -1;
-    int64_t limit = wait ? world_ms + wait->tv_sec * 1000
-        + (wait->tv_nsec + 999999) / 1000000 : INT64_MAX;
+    int64_t limit = ms >= 0 && ms != INT_MAX ? world_ms + ms : INT64_MAX;
     limit = limit < world_end ? limit : world_end;
     for (;;) {
         int64_t next = INT64_MAX;
         int ready = 0;
-        for (nfds_t i = 0; i < cnt; i++) {
-            const struct sock *s = sock_of(p[i].fd);
-            p[i].revents = s ? sock_events(s, p[i].events, &next) : POLLNVAL;
-            ready += p[i].revents != 0;
+        for (int i = 0; i < SOCK_CNT && ready < cap; i++) {
+            int at = (turn + i) % SOCK_CNT;
+            if (!epoll_holds(at))
+                continue;
+            short got = sock_events(sock_tab[at],
+                (short)world_epoll[at].events, &next);
+            if (got)
+                out[ready++] = (struct epoll_event){ .events = (uint16_t)got,
+                    .data.u64 = world_epoll[at].data };
         }
+        turn += ready == cap;
         if (ready)
             return ready;
         if (next >= limit) {
@@ -679,7 +732,9 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #define getsockopt(a, b, c, d, e) w_getsockopt(a, b, c, d, e)
 #define setsockopt(a, b, c, d, e) w_setsockopt(a, b, c, d, e)
 #define poll(a, b, c) w_poll(a, b, c)
-#define ppoll(a, b, c, d) w_ppoll(a, b, c, d)
+#define epoll_create1(a) w_epoll_create1(a)
+#define epoll_ctl(a, b, c, d) w_epoll_ctl(a, b, c, d)
+#define epoll_pwait(a, b, c, d, e) w_epoll_pwait(a, b, c, d, e)
 #define clock_gettime(a, b) w_clock_gettime(a, b)
 #define syscall(...) w_syscall(__VA_ARGS__, 0L, 0L, 0L, 0L, 0L)
 #undef _GNU_SOURCE
@@ -702,7 +757,9 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #undef getsockopt
 #undef setsockopt
 #undef poll
-#undef ppoll
+#undef epoll_create1
+#undef epoll_ctl
+#undef epoll_pwait
 #undef clock_gettime
 #undef syscall
 
