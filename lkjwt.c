@@ -816,9 +816,10 @@ struct cfg {
  * INV-B1   A builder that overflowed yields nothing at all.
  */
 
-#define SL(s) ((sl){ (const uint8_t *)(s), sizeof(s) - 1 })
+#define SL_INIT(s) { (const uint8_t *)(s), sizeof(s) - 1 }
+#define SL(s) ((sl)SL_INIT(s))
 
-static sl sl_str(const char *s)
+static inline sl sl_str(const char *s)
 {
     return (sl){ (const uint8_t *)s, s ? strlen(s) : 0 };
 }
@@ -871,12 +872,17 @@ static size_t sl_find(sl s, uint8_t c)
     return at ? (size_t)(at - s.p) : s.len;
 }
 
+static bool is_blank(uint8_t c)
+{
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
+}
+
 /* s without blanks, tabs, CR and LF at both ends. */
 static sl sl_trim(sl s)
 {
-    while (s.len && strchr(" \t\r\n", s.p[0]) && s.p[0])
+    while (s.len && is_blank(s.p[0]))
         s = sl_skip(s, 1);
-    while (s.len && s.p[s.len - 1] && strchr(" \t\r\n", s.p[s.len - 1]))
+    while (s.len && is_blank(s.p[s.len - 1]))
         s.len--;
     return s;
 }
@@ -922,10 +928,14 @@ static void bb_put(struct bb *b, sl s)
 
 static void bb_byte(struct bb *b, uint8_t c)
 {
-    bb_put(b, (sl){ &c, 1 });
+    b->over |= b->len == b->cap;
+    if (!b->over)
+        b->p[b->len++] = c;
 }
 
-static void bb_str(struct bb *b, const char *s)
+/* Inlined, so that the length of a literal costs nothing. */
+static inline __attribute__((always_inline)) void bb_str(struct bb *b,
+    const char *s)
 {
     bb_put(b, sl_str(s));
 }
@@ -964,6 +974,11 @@ static uint16_t be16(const uint8_t *p)
 static uint32_t be32(const uint8_t *p)
 {
     return (uint32_t)be16(p) << 16 | be16(p + 2);
+}
+
+static uint64_t be64(const uint8_t *p)
+{
+    return (uint64_t)be32(p) << 32 | be32(p + 4);
 }
 
 static void sha256(sl s, uint8_t out[32])
@@ -1023,16 +1038,27 @@ static const char b64_url[] =
 /* Append unpadded base64 of s (RFC 4648) in the given alphabet. */
 static void b64_put(struct bb *b, const char *alphabet, sl s)
 {
-    for (size_t i = 0; i < s.len; i += 3) {
-        size_t n = s.len - i < 3 ? s.len - i : 3;
-        uint32_t v = (uint32_t)s.p[i] << 16
-            | (n > 1 ? (uint32_t)s.p[i + 1] << 8 : 0)
-            | (n > 2 ? (uint32_t)s.p[i + 2] : 0);
-        uint8_t q[4];
-        for (int k = 0; k < 4; k++)
-            q[k] = (uint8_t)alphabet[v >> (18 - 6 * k) & 63];
-        bb_put(b, (sl){ q, n + 1 });
+    size_t need = s.len / 3 * 4 + (s.len % 3 ? s.len % 3 + 1 : 0);
+    b->over |= need > b->cap - b->len;
+    if (b->over)
+        return;
+    uint8_t *to = b->p + b->len;
+    b->len += need;
+    for (; s.len >= 3; s = sl_skip(s, 3)) {
+        uint32_t v = (uint32_t)be16(s.p) << 8 | s.p[2];
+        *to++ = (uint8_t)alphabet[v >> 18];
+        *to++ = (uint8_t)alphabet[v >> 12 & 63];
+        *to++ = (uint8_t)alphabet[v >> 6 & 63];
+        *to++ = (uint8_t)alphabet[v & 63];
     }
+    if (s.len == 0)
+        return;
+    uint32_t v = (uint32_t)s.p[0] << 16
+        | (s.len > 1 ? (uint32_t)s.p[1] << 8 : 0);
+    *to++ = (uint8_t)alphabet[v >> 18];
+    *to++ = (uint8_t)alphabet[v >> 12 & 63];
+    if (s.len > 1)
+        *to++ = (uint8_t)alphabet[v >> 6 & 63];
 }
 
 /* Value of one base64 character of either alphabet, 64 if it is none. */
@@ -1113,6 +1139,16 @@ static bool is_alnum(uint8_t c)
 {
     return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z')
         || (c >= 'a' && c <= 'z');
+}
+
+/* How many bytes at the front are printable ASCII that no quoting touches. */
+static size_t plain_run(sl s)
+{
+    size_t n = 0;
+    while (n < s.len && s.p[n] >= 0x20 && s.p[n] < 0x7f && s.p[n] != '"'
+           && s.p[n] != '\\')
+        n++;
+    return n;
 }
 
 /* RFC 3986 section 2.3: the bytes that need no percent-encoding. */
@@ -1524,7 +1560,7 @@ struct js {
 
 static void js_blank(struct js *j)
 {
-    while (j->pos < j->len && j->p[j->pos] && strchr(" \t\r\n", j->p[j->pos]))
+    while (j->pos < j->len && is_blank(j->p[j->pos]))
         j->pos++;
 }
 
@@ -1908,8 +1944,17 @@ static void js_put_str(struct bb *b, sl s, bool ascii)
     bb_byte(b, '"');
     while (s.len) {
         uint32_t cp;
-        size_t n = utf8_next(s, &cp);
+        size_t n = plain_run(s);
         const char *hit;
+        for (size_t i = 0; ascii && i < n; i++)
+            if (s.p[i] == '>' || s.p[i] == '?' || s.p[i] == '~')
+                n = i;
+        if (n) {
+            bb_put(b, (sl){ s.p, n });
+            s = sl_skip(s, n);
+            continue;
+        }
+        n = utf8_next(s, &cp);
         if (n == 0) {                     /* callers pass checked text */
             b->over = true;
             return;
@@ -1966,8 +2011,8 @@ enum h1_field {
 #undef X
     H1_FIELD_CNT
 };
-static const char *const h1_field_tab[H1_FIELD_CNT] = {
-#define X(name, text) [H1_##name] = text,
+static const sl h1_field_tab[H1_FIELD_CNT] = {
+#define X(name, text) [H1_##name] = SL_INIT(text),
     H1_FIELD_TAB(X)
 #undef X
 };
@@ -2013,8 +2058,8 @@ static sl h1_get(sl in, const struct h1_head *h, enum h1_field f)
 static bool h1_is_token(sl s)
 {
     for (size_t i = 0; i < s.len; i++)
-        if (!is_alnum(s.p[i])
-            && (s.p[i] == 0 || !strchr("!#$%&'*+-.^_`|~", s.p[i])))
+        if (!is_alnum(s.p[i]) && s.p[i] != '-'
+            && (s.p[i] == 0 || !strchr("!#$%&'*+.^_`|~", s.p[i])))
             return false;
     return s.len > 0;
 }
@@ -2147,7 +2192,7 @@ MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
     if (sl_ieq(name, SL("connection")))
         h1_connection(value, h);
     for (int f = 0; f < H1_FIELD_CNT; f++)
-        if (sl_ieq(name, sl_str(h1_field_tab[f]))) {
+        if (sl_ieq(name, h1_field_tab[f])) {
             h->seen[f] = (uint8_t)(h->seen[f] + 1);
             h->field[f] = h1_span(in, value);
         }
@@ -4234,6 +4279,10 @@ static void log_put_value(struct bb *b, sl s, bool json)
     if (cut)
         s.len = 256;
     for (; s.len; s = sl_skip(s, n)) {
+        if ((n = plain_run(s)) > 0) {
+            bb_put(b, (sl){ s.p, n });
+            continue;
+        }
         static const char hex[] = "0123456789abcdef";
         static const char from[] = "\"\\\n\r\t", to[] = "\"\\nrt";
         uint32_t cp = 0;
@@ -4641,11 +4690,14 @@ static const char *log_level_name(char level)
         : level == 'i' ? "info" : "debug";
 }
 
+static int level_rank(char level)
+{
+    return level == 'e' ? 0 : level == 'w' ? 1 : level == 'd' ? 3 : 2;
+}
+
 static bool log_wanted(enum event ev)
 {
-    static const char order[] = "ewid";
-    return strchr(order, event_tab[ev].level)
-        <= strchr(order, cfg.log_level ? cfg.log_level : 'i');
+    return level_rank(event_tab[ev].level) <= level_rank(cfg.log_level);
 }
 
 /* Count an event and write its line. Pairs end at a NULL key; empty values
@@ -5626,6 +5678,7 @@ static struct chan {
     unsigned anchor_gen;                /* anchors in force at its start */
     size_t out_off, out_len;            /* plain: what chan_io holds */
 } chan_pool[LIM_CHAN_CNT];
+static size_t chan_idle_cnt;         /* in CHAN_IDLE */
 static br_ssl_client_context chan_tls[LIM_CHAN_CNT];
 static uint8_t chan_io[LIM_CHAN_CNT][BR_SSL_BUFSIZE_MONO];
 
@@ -5681,6 +5734,7 @@ static void chan_close(struct chan *ch)
 {
     if (ch->state == CHAN_FREE)
         return;
+    chan_idle_cnt -= ch->state == CHAN_IDLE;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), -1, 0, INT64_MAX);
     if (ch->is_up)
         chan_say_goodbye(ch);
@@ -5697,14 +5751,15 @@ static void chan_close(struct chan *ch)
 static void chan_close_oldest(size_t cnt)
 {
     struct chan *oldest = NULL;
-    size_t idle = 0;
-    for (size_t i = 0; i < LIM_CHAN_CNT; i++)
+    if (chan_idle_cnt < cnt)
+        return;
+    for (size_t i = 0, left = chan_idle_cnt; left && i < LIM_CHAN_CNT; i++)
         if (chan_pool[i].state == CHAN_IDLE) {
-            idle++;
+            left--;
             if (!oldest || chan_pool[i].idle_until < oldest->idle_until)
                 oldest = &chan_pool[i];
         }
-    if (oldest && idle >= cnt)
+    if (oldest)
         chan_close(oldest);
 }
 
@@ -5721,6 +5776,7 @@ static void chan_keep(struct chan *ch, int64_t now)
     }
     chan_close_oldest(LIM_IDLE_CNT);
     ch->state = CHAN_IDLE;
+    chan_idle_cnt++;
     ch->idle_until = now + LIM_KEPT_MS;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), ch->fd, POLLIN,
         ch->idle_until);
@@ -5740,15 +5796,19 @@ static enum step chan_step(size_t idx, int revents, int64_t now)
 static struct chan *chan_reuse(const uint8_t key[16], const struct trust *t)
 {
     struct chan *best = NULL;
-    for (size_t i = 0; i < LIM_CHAN_CNT; i++) {
+    for (size_t i = 0, left = chan_idle_cnt; left && i < LIM_CHAN_CNT; i++) {
         struct chan *ch = &chan_pool[i];
-        if (ch->state == CHAN_IDLE && memcmp(ch->key, key, 16) == 0
-            && net_allowed(&ch->addr, t)
-            && (!best || ch->idle_until > best->idle_until))
+        left -= ch->state == CHAN_IDLE;
+        if (ch->state == CHAN_IDLE
+            && (!best || ch->idle_until > best->idle_until)
+            && memcmp(ch->key, key, 16) == 0)
             best = ch;
     }
+    if (best && !net_allowed(&best->addr, t))
+        return NULL;
     if (best) {
         best->state = CHAN_BUSY;
+        chan_idle_cnt--;
         loop_set(KIND_CHAN, (size_t)(best - chan_pool), -1, 0, INT64_MAX);
         met.reused++;
     }
@@ -6070,9 +6130,9 @@ static struct memo known_cache[LIM_KNOWN_CNT], room_cache[LIM_ROOM_CNT];
 static uint64_t memo_key(char kind, sl name)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, { (const uint8_t *)&kind, 1 }, name };
+    sl part[] = { { sec_boot, 16 }, { (const uint8_t *)&kind, 1 }, name };
     hash_parts(part, 3, sum);
-    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+    return be64(sum);
 }
 
 /* The entry of a key, or NULL. */
@@ -7103,7 +7163,7 @@ struct lookup {
 static struct lookup lookup_pool[LIM_UP_CNT];
 
 /* What is counted of them before one more begins. */
-static struct { uint64_t dest; bool is_used; } lookup_hot[LIM_UP_CNT];
+static struct { uint64_t dest, tail; bool is_used; } lookup_hot[LIM_UP_CNT];
 static int64_t lookup_active, lookup_strangers, lookup_unknown;
 
 /* Where --check wants to see each step; unset while serving. */
@@ -7847,15 +7907,31 @@ static bool dest_is_known(uint64_t dest, int64_t now)
     return memo_holds(known_cache, LIM_KNOWN_CNT, dest, now);
 }
 
-/* Whether another lookup of this server may start now. */
-static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+/* The same, its server's own cap included. */
+static bool lookup_has_slot(uint64_t dest, bool is_listed, bool is_known)
 {
     int64_t same = 0, cap = is_listed ? LIM_DEST_LISTED
         : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
-    for (size_t i = 0; i < LIM_UP_CNT; i++)
+    if (!lookup_has_room(is_listed, is_known))
+        return false;
+    int64_t left = lookup_active;
+    for (size_t i = 0; left && i < LIM_UP_CNT; i++) {
+        left -= lookup_hot[i].is_used;
         same += lookup_hot[i].is_used && lookup_hot[i].dest == dest;
-    return same < cap
-        && lookup_has_room(is_listed, dest_is_known(dest, now));
+    }
+    return same < cap;
+}
+
+/* Whether another lookup of this server may start now. */
+static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+{
+    return lookup_has_slot(dest, is_listed, dest_is_known(dest, now));
+}
+
+/* What tells most tokens apart: their last bytes. */
+static uint64_t token_tail(sl token)
+{
+    return token.len < 8 ? token.len : be64(token.p + token.len - 8);
 }
 
 /* Count a lookup that begins, 1, or has ended, -1. */
@@ -7905,6 +7981,7 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     if (!l)
         return NULL;
     l->token = token;
+    lookup_hot[lookup_idx(l)].tail = token_tail(token);
     l->req = req;
     l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
     struct memo *b = memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
@@ -8092,18 +8169,36 @@ static void api_resolved(struct api *a, int64_t now)
  *          is no participant is unknown.
  */
 
+/* Append a service token. The one for creating rooms is the same for all
+ * requests of a second, and made once. */
+static void lk_put_token(struct bb *b, sl admin_room)
+{
+    static uint8_t sec_text[1024];
+    static size_t len;
+    static int64_t made;
+    uint8_t payload[512];
+    struct bb p = BB(payload);
+    int64_t wall = io_wall_ms() / 1000;
+    size_t from = b->len;
+    sl text;
+    if (admin_room.len == 0 && len && made == wall) {
+        bb_put(b, (sl){ sec_text, len });
+        return;
+    }
+    jwt_put_service(&p, cfg.key[0].name, admin_room, wall);
+    b->over |= !bb_finish(&p, &text);
+    jwt_sign(b, &cfg.key[0].sec_key, text);
+    if (admin_room.len || b->over || b->len - from > sizeof sec_text)
+        return;
+    len = b->len - from;
+    memcpy(sec_text, b->p + from, len);
+    made = wall;
+}
+
 /* Append a Twirp request of the given method with its token and body. */
 static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     sl req)
 {
-    uint8_t payload[512];
-    struct bb p = BB(payload);
-    sl text;
-    jwt_put_service(&p, cfg.key[0].name, admin_room, io_wall_ms() / 1000);
-    if (!bb_finish(&p, &text)) {
-        b->over = true;
-        return;
-    }
     bb_str(b, "POST ");
     bb_put(b, cfg.api.url.path);
     bb_str(b, "/twirp/livekit.RoomService/");
@@ -8113,7 +8208,7 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     bb_str(b, "\r\nContent-Type: application/protobuf\r\n"
         "Accept: application/protobuf\r\nUser-Agent: lkjwt/" LKJWT_VERSION
         "\r\nAuthorization: Bearer ");
-    jwt_sign(b, &cfg.key[0].sec_key, text);
+    lk_put_token(b, admin_room);
     if (req.len) {
         bb_str(b, "\r\nX-Request-Id: ");
         bb_put(b, req);
@@ -12098,8 +12193,12 @@ static struct exchange {
     uint8_t user_len, user[LIM_ID_LEN];
     uint8_t alias[HASH_NAME_LEN];
 } exchange_pool[LIM_SLOT_CNT];
-static uint8_t exchange_states[LIM_SLOT_CNT];    /* the same, for scans */
+/* The same, for scans: exchange_set keeps it. */
+static uint8_t exchange_states[LIM_SLOT_CNT];
+static struct { uint64_t dest, turn, room; int64_t since;
+    bool is_listed, is_known, is_full; } exchange_hot[LIM_SLOT_CNT];
 static uint64_t exchange_turn;       /* of the last that waited and went on */
+static bool exchange_starved;        /* slots are short, not one server's */
 static size_t exchange_room_cnt;                 /* in X3 to X5 */
 
 #define AT(member) offsetof(struct request, member)
@@ -12242,32 +12341,67 @@ static uint64_t exchange_next_turn(const struct exchange *x)
     const struct conn *c = exchange_conn(x);
     uint64_t turn = exchange_turn;
     for (size_t i = 0; c->has_client && i < LIM_SLOT_CNT; i++)
-        if (exchange_states[i] == X_WAIT && conn_pool[i].has_client
-            && exchange_pool[i].turn >= turn
+        if (exchange_states[i] == X_WAIT && exchange_hot[i].turn >= turn
+            && conn_pool[i].has_client
             && addr_same(&conn_pool[i].client, &c->client))
-            turn = exchange_pool[i].turn + 1;
+            turn = exchange_hot[i].turn + 1;
     return turn;
 }
 
-/* Wake the exchange that has waited longest in a state, clients by turns,
- * of one server unless dest is 0; for a lookup's slot, of those that may
- * have it. */
-static void exchange_wake(enum exchange_state state, uint64_t dest)
+/* Whether i has waited longer than k, clients taking turns. */
+static bool exchange_before(size_t i, size_t k)
 {
-    struct exchange *best = NULL;
-    if (met.gauge[GA_WAITING] == 0)
-        return;
-    for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
-        struct exchange *x = &exchange_pool[i];
-        if (exchange_states[i] == state && (dest == 0 || x->dest == dest)
-            && (!best || x->turn < best->turn
-                || (x->turn == best->turn && x->since < best->since))
-            && (state != X_WAIT || lookup_has_room(x->is_listed,
-                                                   x->is_known)))
-            best = x;
+    return exchange_hot[i].turn < exchange_hot[k].turn
+        || (exchange_hot[i].turn == exchange_hot[k].turn
+            && exchange_hot[i].since < exchange_hot[k].since);
+}
+
+/* Wake the exchange that has waited longest in a state. */
+static void exchange_wake(enum exchange_state state)
+{
+    size_t best = LIM_SLOT_CNT;
+    for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
+        if (exchange_states[i] == state
+            && (best == LIM_SLOT_CNT || exchange_before(i, best)))
+            best = i;
+    if (best < LIM_SLOT_CNT)
+        loop_wake(KIND_EXCHANGE, best);
+}
+
+/* Of those that wait for a lookup's slot and may have it wake who has waited
+ * longest; of one server, or with 0 of any. */
+static void exchange_wake_next(uint64_t dest)
+{
+    size_t best = LIM_SLOT_CNT;
+    uint64_t judged = 0;                 /* many wait for the same server */
+    bool may = false;
+    if (dest == 0)
+        exchange_starved = false;
+    for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT
+         && (may || !dest || judged != dest); i++) {
+        uint64_t to = exchange_hot[i].dest;
+        bool listed = exchange_hot[i].is_listed;
+        bool known = exchange_hot[i].is_known;
+        if (exchange_states[i] != X_WAIT || (dest && to != dest)
+            || (best < LIM_SLOT_CNT && !exchange_before(i, best)))
+            continue;
+        may = to == judged ? may : lookup_has_slot(to, listed, known);
+        judged = to;
+        best = may ? i : best;
+        exchange_starved |= !may && !lookup_has_room(listed, known);
     }
-    if (best)
-        loop_wake(KIND_EXCHANGE, (size_t)(best - exchange_pool));
+    if (best < LIM_SLOT_CNT)
+        loop_wake(KIND_EXCHANGE, best);
+    exchange_starved |= dest == 0 && best < LIM_SLOT_CNT;
+}
+
+/* A lookup began or ended: who of its server may have the next slot, and
+ * who of all? */
+static void exchange_wake_waiting(uint64_t dest)
+{
+    exchange_wake_next(dest);
+    if (exchange_starved)
+        exchange_wake_next(0);
 }
 
 static void exchange_drop(struct exchange *x, int64_t now)
@@ -12275,13 +12409,12 @@ static void exchange_drop(struct exchange *x, int64_t now)
     if (x->lookup) {
         lookup_close(x->lookup, now);
         x->lookup = NULL;
-        exchange_wake(X_WAIT, x->dest);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_waiting(x->dest);
     }
     if (x->up) {
         up_close(x->up, now);
         x->up = NULL;
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
     }
 }
 
@@ -12296,7 +12429,15 @@ static void exchange_set(struct exchange *x, enum exchange_state state)
     met.gauge[GA_WAITING] += state == X_WAIT || state == X_ROOM_WAIT;
     exchange_room_cnt -= exchange_in_room(x->state);
     exchange_room_cnt += exchange_in_room(state);
-    exchange_states[x - exchange_pool] = (uint8_t)state;
+    size_t i = (size_t)(x - exchange_pool);
+    exchange_states[i] = (uint8_t)state;
+    exchange_hot[i].dest = x->dest;
+    exchange_hot[i].turn = x->turn;
+    exchange_hot[i].room = be64(x->alias);
+    exchange_hot[i].since = x->since;
+    exchange_hot[i].is_listed = x->is_listed;
+    exchange_hot[i].is_known = x->is_known;
+    exchange_hot[i].is_full = x->is_full;
     x->state = state;
     exchange_watch(x);
 }
@@ -12335,10 +12476,13 @@ static void exchange_follow(struct exchange *x, size_t leader)
 /* Who asks already whose token x shows, or LIM_SLOT_CNT. */
 static size_t exchange_find_lookup(const struct exchange *x)
 {
-    for (size_t i = 0; i < LIM_UP_CNT; i++) {
+    uint64_t tail = token_tail(x->r.access_token);
+    int64_t left = lookup_active;
+    for (size_t i = 0; left && i < LIM_UP_CNT; i++) {
         const struct lookup *l = &lookup_pool[i];
+        left -= lookup_hot[i].is_used;
         if (lookup_hot[i].is_used && lookup_hot[i].dest == x->dest
-            && l->owner == KIND_EXCHANGE
+            && lookup_hot[i].tail == tail && l->owner == KIND_EXCHANGE
             && l->state != L_DONE && l->state != L_FAILED
             && sl_eq(l->name.whole, x->name.whole)
             && sl_eq(l->token, x->r.access_token))
@@ -12350,11 +12494,16 @@ static size_t exchange_find_lookup(const struct exchange *x)
 /* Who creates the room of x already, or LIM_SLOT_CNT. */
 static size_t exchange_find_room(const struct exchange *x)
 {
-    for (size_t i = 0; exchange_room_cnt && i < LIM_SLOT_CNT; i++)
-        if (exchange_in_room((enum exchange_state)exchange_states[i])
-            && &exchange_pool[i] != x
+    uint64_t room = be64(x->alias);
+    for (size_t i = 0, left = exchange_room_cnt; left && i < LIM_SLOT_CNT;
+         i++) {
+        if (!exchange_in_room((enum exchange_state)exchange_states[i]))
+            continue;
+        left--;
+        if (exchange_hot[i].room == room && &exchange_pool[i] != x
             && memcmp(exchange_pool[i].alias, x->alias, HASH_NAME_LEN) == 0)
             return i;
+    }
     return LIM_SLOT_CNT;
 }
 
@@ -12518,14 +12667,14 @@ static void exchange_room(struct exchange *x, int64_t now)
         LOG(EV_BREAKER_OPEN, KV("req", request_id(exchange_conn(x))),
             KV("target", SL("sfu")), KV("server", cfg.api.url.name.whole));
         exchange_fail(x, EV_NONE, RE_SFU, now);
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
         return;
     }
     x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
         lk_build_room, x->end, now);
     exchange_set(x, x->up ? X_ROOM : X_ROOM_WAIT);
     if (x->up)
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
 }
 
 /* A refusal whose status differs between token endpoints and delegation. */
@@ -12755,6 +12904,7 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 /* Wait a second, or for a wake. */
 static void exchange_queue(struct exchange *x, int64_t now)
 {
+    exchange_starved |= !lookup_has_room(x->is_listed, x->is_known);
     x->end = now + 1000;
     exchange_set(x, X_WAIT);
 }
@@ -12765,14 +12915,13 @@ static void exchange_admit(struct exchange *x, int64_t now)
     struct conn *c = exchange_conn(x);
     if (now >= x->since + cfg.lookup_ms) {
         exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_next(0);
         return;
     }
     size_t leader = exchange_find_lookup(x);
     if (leader < LIM_SLOT_CNT) {
         exchange_follow(x, leader);
-        exchange_wake(X_WAIT, x->dest);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_waiting(x->dest);
         return;
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
@@ -12787,8 +12936,7 @@ static void exchange_admit(struct exchange *x, int64_t now)
     x->turn = 0;
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
-    exchange_wake(X_WAIT, x->dest);       /* until nobody can be admitted */
-    exchange_wake(X_WAIT, 0);
+    exchange_wake_waiting(x->dest);      /* until nobody can be admitted */
 }
 
 /* Move on after a wake or at the deadline. */
@@ -12843,7 +12991,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
         if (exchange_states[i] == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
     if (was_pending && !a->lookup)
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_next(0);
     job_run_queue(a, now);
     return STEP_WAIT;
 }
@@ -12852,7 +13000,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
 static bool exchange_has_queue(uint64_t dest)
 {
     for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
-        if (exchange_states[i] == X_WAIT && exchange_pool[i].dest == dest)
+        if (exchange_states[i] == X_WAIT && exchange_hot[i].dest == dest)
             return true;
     return false;
 }
@@ -12866,9 +13014,9 @@ static bool exchange_may_wait(const struct exchange *x)
         return true;
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
         if (exchange_states[i] == X_WAIT
-            || (exchange_states[i] == X_FOLLOW && !exchange_pool[i].is_full)) {
-            strangers += !exchange_pool[i].is_listed;
-            same += exchange_pool[i].dest == x->dest;
+            || (exchange_states[i] == X_FOLLOW && !exchange_hot[i].is_full)) {
+            strangers += !exchange_hot[i].is_listed;
+            same += exchange_hot[i].dest == x->dest;
         }
     return strangers < LIM_WAIT_STRANGER
         && same < (cfg.is_open ? LIM_WAIT_OPEN : LIM_WAIT_DEST);

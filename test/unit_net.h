@@ -385,7 +385,9 @@ static void net_reset(void)
     ZERO(exchange_states);
     lookup_active = lookup_strangers = lookup_unknown = 0;
     exchange_room_cnt = 0;
+    exchange_starved = false;
     ZERO(chan_pool);
+    chan_idle_cnt = 0;
     ZERO(session_cache);
     ZERO(big_used);
     ZERO(conn_pool);
