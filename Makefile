@@ -190,28 +190,35 @@ lkjwt: build/lkjwt.unstripped
 
 .PHONY: warn warn-gcc warn-clang warn-analyzer
 warn: warn-gcc warn-clang warn-analyzer
-warn-gcc warn-clang: warn-%: $(SRC) build/inc.ok
-	@mkdir -p build/warn && : >build/warn/ca.bin
-	@$* -O2 $(WARN) -isystem $(BINC) -Wa,-Ibuild/warn -c $< \
-	    -o build/warn/$*.o
-
-warn-analyzer: $(SRC) build/inc.ok
-	@mkdir -p build/warn && : >build/warn/ca.bin
+warn-gcc warn-clang warn-analyzer: warn-%: build/warn/%.o
+	@:
+build/warn/gcc.o build/warn/clang.o: build/warn/%.o: $(SRC) build/inc.ok \
+    Makefile
+	@mkdir -p $(@D) && : >$(@D)/ca.bin
+	@$* -O2 $(WARN) -isystem $(BINC) -Wa,-I$(@D) -c $< -o $@
+build/warn/analyzer.o: $(SRC) build/inc.ok Makefile
+	@mkdir -p $(@D) && : >$(@D)/ca.bin
 	@gcc -O2 -std=c11 -Werror -fanalyzer -isystem $(BINC) \
-	    -Wa,-Ibuild/warn -c $< -o build/warn/analyzer.o
+	    -Wa,-I$(@D) -c $< -o $@
 
 # ---- tests: `test` counts all of its suites, failed or not -----------------
 
 PYTHON = .deps/venv/bin/python
 PYTEST = test/netns $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=300
-SUITES = audit unit fuzz-replay blackbox realworld
+# As test/count.py reads it: what computes gives way to what waits. Suites
+# that build the same thing stand in one lane.
+SUITES = low audit + low unit fuzz-replay + blackbox + realworld
+SUITES_ALL = low audit analyze crypto release image + \
+	low unit fuzz-replay faults fuzz fuzz-afl + blackbox attack soak + \
+	realworld dash deploy load browser fresh
 
 .PHONY: test test-all audit unit blackbox realworld fresh image demo bench \
 	clean help
 test test-all:
-	@{ test/setup.sh test && $(MAKE) --no-print-directory all; } || \
+	@{ test/setup.sh $(if $(filter test,$@),test,all) && \
+	    $(MAKE) --no-print-directory all build/host/libbearssl.a; } || \
 	    { echo "0 passed, 1 failed"; exit 1; }
-	@python3 test/count.py $(SUITES) $(if $(filter test-all,$@),fuzz fuzz-afl faults crypto analyze attack soak release image browser dash load deploy fresh)
+	@python3 test/count.py $(if $(filter test,$@),$(SUITES),$(SUITES_ALL))
 
 audit: lkjwt
 	@python3 test/audit.py
@@ -266,15 +273,14 @@ analyze:
 
 # ---- fuzzing: corpora in test/fuzz/, what is found in build/fuzz-found/ -----
 
-# `fuzz-replay` reads each seed once (seconds); `fuzz` searches,
-# FUZZ_S seconds a target: make fuzz FUZZ_S=600 FUZZ_TARGETS='session der'
+# `fuzz-replay` reads each seed once (seconds); `fuzz` searches, FUZZ_S
+# seconds a target, as many at once as there are processors:
+# make fuzz FUZZ_S=600 FUZZ_TARGETS='session der'
 FUZZ_S       = 30
 FUZZ_TARGETS = request reply chunk json jwt dns resp der chain text \
 	record protobuf session
 FUZZ_SRC = test/fuzz.c test/fuzz/session.h test/unit_world.h $(SRC) \
 	build/ca.bin build/host/libbearssl.a
-FUZZ_RUN = -max_total_time=$(FUZZ_S) -max_len=4096 -timeout=10 \
-	-rss_limit_mb=2048 -print_final_stats=1
 
 .PHONY: fuzz fuzz-replay
 build/fuzz-gcc build/fuzz-clang: build/fuzz-%: $(FUZZ_SRC)
@@ -289,14 +295,7 @@ fuzz-replay: build/fuzz-gcc build/fuzz-clang
 	    build/fuzz-$$v || fail=1; done; exit $$fail
 
 fuzz: build/fuzz build/fuzz-clang
-	@mkdir -p build/fuzz-found; ok=0; bad=0; for t in $(FUZZ_TARGETS); do \
-	    mkdir -p build/corpus/$$t; found=build/fuzz-found/$$t; \
-	    build/fuzz-clang unpack $$t build/corpus/$$t && \
-	    FUZZ_TARGET=$$t build/fuzz $(FUZZ_RUN) -artifact_prefix=$$found- \
-	    build/corpus/$$t >$$found.log 2>&1 && ok=$$((ok + 1)) || { \
-	    bad=$$((bad + 1)); tail -n 40 $$found.log; }; \
-	    echo "$$t: $$(sed -n 's/.*executed_units: //p' $$found.log) runs"; \
-	done; echo "$$ok passed, $$bad failed"; test $$bad = 0
+	@python3 test/fuzz/search.py libfuzzer $(FUZZ_S) $(FUZZ_TARGETS)
 
 # The same targets by AFL++, from the same seeds, without sanitizers.
 # Five seconds each, or what FUZZ_S says.
@@ -309,9 +308,11 @@ build/fuzz-afl: $(FUZZ_SRC)
 fuzz-afl:
 	@test/setup.sh prove
 	@$(MAKE) --no-print-directory build/fuzz-afl build/fuzz-clang
-	@python3 test/fuzz/afl.py $(AFL_S) $(FUZZ_TARGETS)
+	@python3 test/fuzz/search.py afl $(AFL_S) $(FUZZ_TARGETS)
 
-blackbox realworld: lkjwt
+blackbox: lkjwt
+	@python3 test/modules.py test/$@
+realworld: lkjwt
 	@$(PYTEST) test/$@
 
 # Attacks on the release binary; SOAK_S seconds of load amid faults, of the
@@ -321,7 +322,7 @@ SOAK_S = 120
 attack:
 	@test/setup.sh attack
 	@$(MAKE) --no-print-directory all
-	@$(PYTEST) test/attack
+	@python3 test/modules.py test/attack
 soak:
 	@test/setup.sh attack
 	@$(MAKE) --no-print-directory all
@@ -373,7 +374,7 @@ clean:
 help:
 	@echo "make            the static binary, ./lkjwt"
 	@echo "make demo       what that misses, the binary, one exchange shown"
-	@echo "make test       every suite: $(SUITES)"
+	@echo "make test       every suite: audit, unit, fuzz-replay, blackbox, realworld"
 	@echo "make test-all   these, the image, and all of it on a fresh Debian"
 	@echo "make audit      the invariants a reader may rely on"
 	@echo "make browser    a call of two users of Element Call in Chromium"

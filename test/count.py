@@ -1,19 +1,32 @@
 """Runs make targets that are suites of tests and adds up what they say.
 
+    count.py audit + low unit fuzz-replay + blackbox + realworld , fresh
+
+Lanes, divided by `+`, run side by side, the suites of a lane one after the
+other; what follows a comma begins when all before it has ended. A lane that
+begins with `low` gives way to the others: compilers beside suites that wait.
+What a suite says is shown whole, in the order above, live as far as that
+allows.
+
 Every suite runs, also after one has failed. A suite that stops without a
 count, counts nothing, skips, or exits with an error it did not count is a
 failure of its own. The last line is `N passed, N failed`.
 """
 
+import itertools
+import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
 
 OWN = re.compile(r"^(\d+) passed, (\d+) failed$")
 PYTEST = re.compile(
     r"^(?:=+ )?((?:\d+ (?:passed|failed|errors?|skipped|deselected|xfailed"
     r"|xpassed|warnings?|rerun)(?:, )?)+) in [\d.]+s")
+LOW_PRIORITY = 10
 
 
 def tally(line):
@@ -33,38 +46,80 @@ def tally(line):
     return passed, failed
 
 
-def run(suite):
-    print(f"==== {suite}", flush=True)
-    began = time.monotonic()
-    passed = failed = counts = 0
-    process = subprocess.Popen(
-        ["make", "--no-print-directory", suite], text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        found = tally(line.rstrip("\n"))
-        if found is None:
-            print(line, end="", flush=True)
-            continue
-        # Only the sum may stand alone on a line as `N passed, N failed`.
-        print(" ", line, end="", flush=True)
-        counts += 1
-        passed += found[0]
-        failed += found[1]
-    status = process.wait()
-    if (status and not failed) or not passed or not counts:
-        failed += 1
-    print(f"==== {suite}: {passed} passed, {failed} failed, exit status "
-          f"{status}, {time.monotonic() - began:.0f} s", flush=True)
-    return suite, passed, failed
+class Suite:
+    def __init__(self, name, low):
+        self.name, self.low = name, low
+        self.said = queue.Queue()  # text; None when it has ended
+        self.passed = self.failed = 0
+
+    def run(self):
+        try:
+            self.count()
+        except Exception as error:
+            self.failed += 1
+            self.said.put(f"==== {self.name}: {error!r}\n")
+        finally:
+            self.said.put(None)
+
+    def count(self):
+        self.said.put(f"==== {self.name}\n")
+        began = time.monotonic()
+        counts = 0
+        process = subprocess.Popen(
+            ["make", "--no-print-directory", self.name], text=True,
+            errors="replace", stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=(lambda: os.nice(LOW_PRIORITY)) if self.low else None)
+        for line in process.stdout:
+            found = tally(line.rstrip("\n"))
+            if found is None:
+                self.said.put(line)
+                continue
+            # Only the sum may stand alone on a line as `N passed, N failed`.
+            self.said.put("  " + line)
+            counts += 1
+            self.passed += found[0]
+            self.failed += found[1]
+        status = process.wait()
+        if (status and not self.failed) or not self.passed or not counts:
+            self.failed += 1
+        self.said.put(f"==== {self.name}: {self.passed} passed, {self.failed} "
+                      f"failed, exit status {status}, "
+                      f"{time.monotonic() - began:.0f} s\n")
+
+
+def divided(words, mark):
+    return [list(group) for is_mark, group in itertools.groupby(
+        words, lambda word: word == mark) if not is_mark]
+
+
+def run_lane(suites):
+    for suite in suites:
+        suite.run()
 
 
 def main():
-    results = [run(suite) for suite in sys.argv[1:]]
-    for suite, passed, failed in results:
-        print(f"{suite:12}{passed:6} passed {failed:4} failed")
-    failed = sum(result[2] for result in results)
-    print(f"{sum(result[1] for result in results)} passed, {failed} failed")
+    began = time.monotonic()
+    done = []
+    for stage in divided(sys.argv[1:], ","):
+        lanes = [[Suite(name, lane[0] == "low") for name in lane
+                  if name != "low"] for lane in divided(stage, "+")]
+        threads = [threading.Thread(target=run_lane, args=(lane,),
+                                    daemon=True) for lane in lanes]
+        for thread in threads:
+            thread.start()
+        for suite in itertools.chain(*lanes):
+            for text in iter(suite.said.get, None):
+                print(text, end="", flush=True)
+            done.append(suite)
+    for suite in done:
+        print(f"{suite.name:12}{suite.passed:6} passed "
+              f"{suite.failed:4} failed")
+    print(f"{time.monotonic() - began:.0f} s")
+    failed = sum(suite.failed for suite in done)
+    print(f"{sum(suite.passed for suite in done)} passed, {failed} failed")
     return 1 if failed else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

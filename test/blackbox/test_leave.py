@@ -878,8 +878,8 @@ def replaced_in_waiting(world):
 @scene({"same id": (True,), "new id": (False,)})
 def replaced_in_connected(world, same):
     """The newer one begins anew: it is looked up, found, restarted; the older one's event is left alone."""
-    job = world.job(T=2000).connected()
-    new = world.job(like=job, T=2000, delay_id=job.delay_id if same else None)
+    job = world.job(T=6000).connected()
+    new = world.job(like=job, T=6000, delay_id=job.delay_id if same else None)
     before = len(job.calls())
     new.delegate()
     if same:

@@ -3,6 +3,7 @@ tells what it hears and reads of the others. As a program: users who join,
 and wait to be told to leave, or to be killed."""
 import asyncio
 import json
+import os
 import subprocess
 import sys
 
@@ -137,7 +138,8 @@ class Elsewhere:
     def leave(self):
         """A clean end: the SFU is told."""
         self._tell("leave")
-        assert self.proc.wait(HANG) == 0
+        code = self.proc.wait(HANG)
+        assert code == 0, f"exit status {code}"
         self._close()
 
     def kill(self):
@@ -162,3 +164,4 @@ async def main():
 
 if __name__ == "__main__":
     asyncio.run(main())
+    os._exit(0)    # all have left; the SDK's threads may crash while the interpreter ends around them

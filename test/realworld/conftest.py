@@ -1,5 +1,6 @@
 """Two real homeservers, a real SFU, and the service between them, all on the
 loopback device of a network namespace (test/netns)."""
+import os
 import socket
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "blackbox"))
+TOP = Path(__file__).resolve().parents[2]
+os.environ.setdefault("LKJWT_CANARY_DIR", str(TOP / "build" / "canary-realworld"))
+sys.path.insert(0, str(TOP / "test" / "blackbox"))
 
+from fixtures import pytest_sessionstart    # noqa: E402, F401
 from peers import Homeserver, Pki, Reply    # noqa: E402
 from service import CANARY_KEY, CANARY_SECRET, Service    # noqa: E402
 from servers import LiveKit, Server, Synapse, die_with_us    # noqa: E402

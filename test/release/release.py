@@ -21,6 +21,9 @@ import tempfile
 import time
 
 import sbom
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import modules  # noqa: E402
 from arches import (ARCHES, CROSS, SHIPPED, TOP, binary, compiler, emulator,
                     environ, folder_of, make)
 
@@ -165,7 +168,8 @@ def run_unit(arch):
         groups = [name for name in re.findall(
             r'\{ "([\w-]+)", *test_\w+ \}', (TOP / "test/unit.c").read_text())
             if name not in SLOW]
-    done = run(NETNS, *emulator(arch), build_unit(arch), *groups, cwd=TOP)
+    done = run("nice", NETNS, *emulator(arch), build_unit(arch), *groups,
+               cwd=TOP)
     last = re.search(r"(?:^|\n)(\d+) passed, (\d+) failed\n$", done.stdout)
     if not last:
         return 0, 1, done.stdout[-4000:]
@@ -173,32 +177,24 @@ def run_unit(arch):
             done.stdout[-8000:-len(last[0])])
 
 
-def run_blackbox(arch):
-    """The suites find the binary by its path: one that starts it emulated."""
+def run_blackbox(arch, pool):
+    """(passed, failed, "") of the suites; they find the binary by its path:
+    one that starts it emulated."""
     folder = CROSS / arch.name / "build"
     start = folder / "lkjwt-emulated"
     start.write_text("#!/bin/sh\nexec {} {} \"$@\"\n".format(
         *emulator(arch), CROSS / arch.name / "lkjwt"))
     start.chmod(0o755)
-    words = [NETNS, TOP / ".deps/venv/bin/python", "-m", "pytest", "-q",
-             "-p", "no:cacheprovider", "--timeout=300", "--durations=5"]
+    rows = []
     for file, names in BLACKBOX.items():
         path = f"test/blackbox/test_{file}.py"
-        words += [f"{path}::test_{name}" for name in names.split()] or [path]
-    words += [f"--deselect=test/blackbox/test_{name}" for name in LEFT_OUT]
-    done = run(*words, cwd=TOP, env=dict(
-        os.environ, LKJWT_BIN=str(start),
-        LKJWT_CANARY_DIR=str(folder / "canary")))
-    lines = done.stdout.splitlines()
-    shown = "\n".join(line for line in lines[:-1]
-                      if not re.fullmatch(r"[.]* *\[ *\d+%\]", line))
-    count = {word: int(number) for number, word in re.findall(
-        r"(\d+) (passed|failed|error|skipped|xfailed|xpassed)",
-        lines[-1])}
-    passed = count.pop("passed", 0)
-    failed = sum(count.values())
-    return (passed, failed or int(done.returncode != 0 or not passed),
-            f"{shown}\n   {lines[-1]}")
+        left_out = [f"--deselect=test/blackbox/test_{name}"
+                    for name in LEFT_OUT if name.startswith(f"{file}.py::")]
+        rows.append((f"{file}, {arch.name}", [
+            *([f"{path}::test_{name}" for name in names.split()] or [path]),
+            *left_out], len(left_out)))
+    return *modules.run_all(rows, folder / "canary", pool,
+                            LKJWT_BIN=str(start)), ""
 
 
 # ---- what is shipped --------------------------------------------------------
@@ -285,12 +281,17 @@ def main():
         tally.checks("dist", distribute())
         # All of them read what this makes.
         run(TOP / ".deps/venv/bin/python", "test/unit/make.py", cwd=TOP)
-        suites = [("black box", arch, pool.submit(run_blackbox, arch))
-                  for arch in SHIPPED if arch.target]
-        suites += [("unit", arch, pool.submit(run_unit, arch))
-                   for arch in cross]
-        for title, arch, future in suites:
-            tally.suite(title, arch, future)
+        # The black box waits, the unit tests compute and give way to it.
+        suites = [("unit", arch, pool.submit(run_unit, arch))
+                  for arch in cross]
+        with concurrent.futures.ThreadPoolExecutor(2) as each, \
+                concurrent.futures.ThreadPoolExecutor(
+                    modules.AT_ONCE) as waiting:
+            suites += [("black box", arch,
+                        each.submit(run_blackbox, arch, waiting))
+                       for arch in SHIPPED if arch.target]
+            for title, arch, future in suites:
+                tally.suite(title, arch, future)
     for path in sorted(DIST.iterdir()):
         print(f"{path.stat().st_size:9} {path.relative_to(TOP)}")
     print(f"{tally.passed} passed, {tally.failed} failed")
