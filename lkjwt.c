@@ -4298,8 +4298,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
 #define JAIL_LAYER_TAB(X) \
-    X(CORE, "core") X(IDS, "ids") X(PRIVS, "privs") X(DUMP, "dump") \
-    X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
+    X(CORE, "core") X(IDS, "ids") X(CAPS, "caps") X(PRIVS, "privs") \
+    X(DUMP, "dump") X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
 
 enum jail_layer {
 #define X(name, text) JL_##name,
@@ -14562,14 +14562,43 @@ static bool jail_core(void)
         && syscall(SYS_prlimit64, 0, RLIMIT_CORE, none, NULL) == 0;
 }
 
-/* Not root, if that is how we were started, but for LKJWT_UID=0. */
+/* Whether no capability is held; the ambient ones are among these. */
+static bool jail_has_no_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    uint32_t set[6] = { 0 }, all = 0;    /* effective, permitted, inheritable */
+    if (syscall(SYS_capget, &self, set) < 0)
+        return false;
+    for (size_t i = 0; i < COUNT_OF(set); i++)
+        all |= set[i];
+    return all == 0;
+}
+
+/* No capability, be it of a root that stays or given to another user. */
+static bool jail_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    static const uint32_t none[6];
+    if (!jail_may_call(SYS_capget))
+        return false;
+    return jail_has_no_caps() || (jail_may_call(SYS_capset)
+        && syscall(SYS_capset, &self, none) == 0 && jail_has_no_caps());
+}
+
+/* Not root, if that is how we were started, but for LKJWT_UID=0. The
+ * bounding set is emptied first: that takes CAP_SETPCAP, which goes too. */
 static bool jail_ids(void)
 {
     uid_t uid = (uid_t)cfg.uid;
+    for (unsigned long cap = 0; cap < 64; cap++)
+        (void)prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
     if (geteuid() != 0)
         return true;
-    return uid != 0 && setgroups(0, NULL) == 0 && setgid(uid) == 0
-        && setuid(uid) == 0 && setuid(0) < 0;
+    if (uid == 0 || setgroups(0, NULL) < 0 || setgid(uid) < 0
+        || setuid(uid) < 0)
+        return false;
+    (void)jail_caps();               /* securebits(7) may have kept them */
+    return setuid(0) < 0;
 }
 
 static bool jail_privs(void)
@@ -14586,7 +14615,7 @@ static bool jail_dump(void)
 MUST_USE static bool jail_enter(void)
 {
     static bool (*const layer[JL_CNT])(void) = { jail_core, jail_ids,
-        jail_privs, jail_dump, jail_landlock, jail_seccomp };
+        jail_caps, jail_privs, jail_dump, jail_landlock, jail_seccomp };
     uint8_t text[2][80];
     struct bb list[2] = { BB(text[0]), BB(text[1]) };
     bool stays_root = geteuid() == 0 && cfg.uid == 0;
@@ -14595,7 +14624,7 @@ MUST_USE static bool jail_enter(void)
         bool ok = cfg.jail != 'o' && layer[i]();
         struct bb *b = &list[!ok];
         met.jail[i] = ok;
-        is_bad |= !ok && !(i == 1 && stays_root);
+        is_bad |= !ok && !(i == JL_IDS && stays_root);
         bb_str(b, b->len ? "," : "");
         bb_str(b, jail_layer_tab[i]);
     }
