@@ -14566,7 +14566,7 @@ static bool jail_core(void)
 static bool jail_has_no_caps(void)
 {
     struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
-    uint32_t set[6] = { 0 }, all = 0;    /* effective, permitted, inheritable */
+    uint32_t set[6] = { 0 }, all = 0;    /* effective, permitted, inherited */
     if (syscall(SYS_capget, &self, set) < 0)
         return false;
     for (size_t i = 0; i < COUNT_OF(set); i++)
