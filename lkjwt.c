@@ -15398,26 +15398,39 @@ struct ask {
     int64_t end;
 };
 
+/* Wait until the socket is ready. False: not in time. */
+static bool ask_ready(const struct ask *k, int fd, short events)
+{
+    struct pollfd p = { fd, events, 0 };
+    for (;;) {
+        int64_t left = k->end - io_now();
+        int n = left > 0 ? poll(&p, 1, (int)left) : 0;
+        if (n >= 0 || errno != EINTR)
+            return n == 1;
+    }
+}
+
 /* Ask over a new socket. False: no complete answer. */
 static bool ask_fd(struct ask *k, int fd, const struct sockaddr *sa,
     socklen_t len)
 {
-    struct pollfd p = { fd, POLLOUT, 0 };
-    int64_t left = k->end - io_now();
+    sl rest = k->request;
     k->len = 0;
-    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS) || left <= 0
-        || poll(&p, 1, (int)left) != 1 || io_connected(fd)
-        || io_write(fd, k->request) != (ssize_t)k->request.len)
+    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
+        || !ask_ready(k, fd, POLLOUT) || io_connected(fd))
         return false;
-    while (k->len < k->cap) {
-        p.events = POLLIN;
-        left = k->end - io_now();
-        if (left <= 0 || poll(&p, 1, (int)left) != 1)
+    while (rest.len) {
+        ssize_t n = ask_ready(k, fd, POLLOUT) ? io_write(fd, rest) : -EIO;
+        if (n < 0 && n != -EAGAIN)
             return false;
-        ssize_t n = io_read(fd, k->reply + k->len, k->cap - k->len);
-        if (n <= 0)
+        rest = sl_skip(rest, n > 0 ? (size_t)n : 0);
+    }
+    while (k->len < k->cap) {
+        ssize_t n = ask_ready(k, fd, POLLIN)
+            ? io_read(fd, k->reply + k->len, k->cap - k->len) : -EIO;
+        if (n == 0 || (n < 0 && n != -EAGAIN))
             return n == 0 && k->len > 0;
-        k->len += (size_t)n;
+        k->len += n > 0 ? (size_t)n : 0;
     }
     return true;
 }

@@ -188,6 +188,34 @@ static bool fault_fails(enum call call)
     return true;
 }
 
+#include "unit_kernel.h"
+
+/* Unix sockets that a scenario lets be: no files, paths in this list. A
+ * path without a listener is what a killed process left. */
+static char world_path[4][sizeof ((struct sockaddr_un *)0)->sun_path];
+static bool world_has_paths;
+
+static char *path_find(const char *path)
+{
+    for (size_t i = 0; i < sizeof world_path / sizeof world_path[0]; i++)
+        if (strcmp(world_path[i], path) == 0)
+            return world_path[i];
+    return NULL;
+}
+
+static void path_add(const char *path)
+{
+    char *at = path_find("");
+    if (!at)
+        abort();
+    strcpy(at, path);
+}
+
+/* What is written to stdout, where a scenario wants to see it. */
+static char world_out[20000];
+static size_t world_out_len;
+static bool world_has_out;
+
 /* Lines written to stderr. */
 static char log_buf[1 << 20];
 static size_t log_len;
@@ -319,6 +347,10 @@ static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
         errno = fault_errno;
         return -1;
     }
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        errno = ECONNREFUSED;            /* who listened there is gone */
+        return -1;
+    }
     if (world_dial)
         world_dial(s);
     /* interrupted, connecting goes on */
@@ -391,6 +423,20 @@ static ssize_t w_write(int fd, const void *p, size_t len)
         memcpy(log_buf + log_len, p, n);
         log_len += n;
         log_buf[log_len] = 0;
+        return (ssize_t)len;
+    }
+    if (fd == 1 && world_has_out) {
+        if (fault_fits && fault_now(CALL_STDERR)) {
+            errno = fault_errno;
+            if (fault_errno)
+                return -1;
+            len = 1;
+        }
+        if (len >= sizeof world_out - world_out_len)
+            abort();
+        memcpy(world_out + world_out_len, p, len);
+        world_out_len += len;
+        world_out[world_out_len] = 0;
         return (ssize_t)len;
     }
     struct sock *s = sock_of(fd);
@@ -487,6 +533,15 @@ static int w_bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (fault_fits && fault_fails(CALL_BIND))
         return -1;
     memcpy(&s->to, sa, len);
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        const char *path = ((const struct sockaddr_un *)(const void *)sa)
+            ->sun_path;
+        if (path_find(path)) {
+            errno = EADDRINUSE;
+            return -1;
+        }
+        path_add(path);
+    }
     return 0;
 }
 
@@ -519,8 +574,50 @@ static int w_fstatat(int dir, const char *path, struct stat *st, int flags)
     return fstatat(dir, path, st, flags);
 }
 
+static int w_stat(const char *path, struct stat *st)
+{
+    if (!world_has_paths)
+        return stat(path, st);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    memset(st, 0, sizeof *st);
+    st->st_mode = S_IFSOCK;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_chmod(const char *path, mode_t mode)
+{
+    if (!world_has_paths)
+        return chmod(path, mode);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_unlink(const char *path)
+{
+    if (!world_has_paths)
+        return unlink(path);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    char *at = path_find(path);
+    errno = ENOENT;
+    if (at)
+        at[0] = 0;
+    return at ? 0 : -1;
+}
+
+static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
+    const sigset_t *mask);
+
 static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
 {
+    if (cnt == 1 && sock_of(p->fd)) {
+        struct timespec wait = { ms / 1000, ms % 1000 * 1000000L };
+        return w_ppoll(p, cnt, &wait, NULL);
+    }
     if (cnt == 1 && p->fd == 2) {    /* io_log asks */
         if (fault_fits && fault_fails(CALL_POLL))
             return -1;
@@ -606,6 +703,7 @@ static uint8_t random_last[32];
 
 static long w_syscall(long number, ...)
 {
+    long got;
     va_list ap;
     va_start(ap, number);
     long a = va_arg(ap, long), b = va_arg(ap, long), c = va_arg(ap, long);
@@ -630,6 +728,8 @@ static long w_syscall(long number, ...)
         }
         return b;
     }
+    if (kernel_syscall(number, (long[]){ a, b, c, d, e }, &got))
+        return got;
     if (number == SYS_openat && fault_fits && fault_fails(CALL_FILE))
         return -1;
     return syscall(number, a, b, c, d, e);
@@ -665,6 +765,16 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 
 #define br_ssl_engine_inject_entropy(a, b, c) w_inject_entropy(a, b, c)
 #define br_ssl_client_reset(a, b, c) w_client_reset(a, b, c)
+#define stat(a, b) w_stat(a, b)
+#define chmod(a, b) w_chmod(a, b)
+#define unlink(a) w_unlink(a)
+#define readlink(a, b, c) w_readlink(a, b, c)
+#define geteuid() w_geteuid()
+#define setgroups(a, b) w_setgroups(a, b)
+#define setgid(a) w_setgid(a)
+#define setuid(a) w_setuid(a)
+#define prctl(a, b, c, d, e) w_prctl(a, (unsigned long)(b), \
+    (unsigned long)(c), (unsigned long)(d), (unsigned long)(e))
 #define bind(a, b, c) w_bind(a, b, c)
 #define listen(a, b) w_listen(a, b)
 #define getsockname(a, b, c) w_getsockname(a, b, c)
@@ -688,6 +798,15 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #undef main
 #undef br_ssl_engine_inject_entropy
 #undef br_ssl_client_reset
+#undef stat
+#undef chmod
+#undef unlink
+#undef readlink
+#undef geteuid
+#undef setgroups
+#undef setgid
+#undef setuid
+#undef prctl
 #undef bind
 #undef listen
 #undef getsockname
