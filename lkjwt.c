@@ -4362,8 +4362,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
 #define JAIL_LAYER_TAB(X) \
-    X(CORE, "core") X(IDS, "ids") X(PRIVS, "privs") X(DUMP, "dump") \
-    X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
+    X(CORE, "core") X(IDS, "ids") X(CAPS, "caps") X(PRIVS, "privs") \
+    X(DUMP, "dump") X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
 
 enum jail_layer {
 #define X(name, text) JL_##name,
@@ -14867,14 +14867,43 @@ static bool jail_core(void)
         && syscall(SYS_prlimit64, 0, RLIMIT_CORE, none, NULL) == 0;
 }
 
-/* Not root, if that is how we were started, but for LKJWT_UID=0. */
+/* Whether no capability is held; the ambient ones are among these. */
+static bool jail_has_no_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    uint32_t set[6] = { 0 }, all = 0;    /* effective, permitted, inherited */
+    if (syscall(SYS_capget, &self, set) < 0)
+        return false;
+    for (size_t i = 0; i < COUNT_OF(set); i++)
+        all |= set[i];
+    return all == 0;
+}
+
+/* No capability, be it of a root that stays or given to another user. */
+static bool jail_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    static const uint32_t none[6];
+    if (!jail_may_call(SYS_capget))
+        return false;
+    return jail_has_no_caps() || (jail_may_call(SYS_capset)
+        && syscall(SYS_capset, &self, none) == 0 && jail_has_no_caps());
+}
+
+/* Not root, if that is how we were started, but for LKJWT_UID=0. The
+ * bounding set is emptied first: that takes CAP_SETPCAP, which goes too. */
 static bool jail_ids(void)
 {
     uid_t uid = (uid_t)cfg.uid;
+    for (unsigned long cap = 0; cap < 64; cap++)
+        (void)prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
     if (geteuid() != 0)
         return true;
-    return uid != 0 && setgroups(0, NULL) == 0 && setgid(uid) == 0
-        && setuid(uid) == 0 && setuid(0) < 0;
+    if (uid == 0 || setgroups(0, NULL) < 0 || setgid(uid) < 0
+        || setuid(uid) < 0)
+        return false;
+    (void)jail_caps();               /* securebits(7) may have kept them */
+    return setuid(0) < 0;
 }
 
 static bool jail_privs(void)
@@ -14891,7 +14920,7 @@ static bool jail_dump(void)
 MUST_USE static bool jail_enter(void)
 {
     static bool (*const layer[JL_CNT])(void) = { jail_core, jail_ids,
-        jail_privs, jail_dump, jail_landlock, jail_seccomp };
+        jail_caps, jail_privs, jail_dump, jail_landlock, jail_seccomp };
     uint8_t text[2][80];
     struct bb list[2] = { BB(text[0]), BB(text[1]) };
     bool stays_root = geteuid() == 0 && cfg.uid == 0;
@@ -14900,7 +14929,7 @@ MUST_USE static bool jail_enter(void)
         bool ok = cfg.jail != 'o' && layer[i]();
         struct bb *b = &list[!ok];
         met.jail[i] = ok;
-        is_bad |= !ok && !(i == 1 && stays_root);
+        is_bad |= !ok && !(i == JL_IDS && stays_root);
         bb_str(b, b->len ? "," : "");
         bb_str(b, jail_layer_tab[i]);
     }
@@ -15746,26 +15775,39 @@ struct ask {
     int64_t end;
 };
 
+/* Wait until the socket is ready. False: not in time. */
+static bool ask_ready(const struct ask *k, int fd, short events)
+{
+    struct pollfd p = { fd, events, 0 };
+    for (;;) {
+        int64_t left = k->end - io_now();
+        int n = left > 0 ? poll(&p, 1, (int)left) : 0;
+        if (n >= 0 || errno != EINTR)
+            return n == 1;
+    }
+}
+
 /* Ask over a new socket. False: no complete answer. */
 static bool ask_fd(struct ask *k, int fd, const struct sockaddr *sa,
     socklen_t len)
 {
-    struct pollfd p = { fd, POLLOUT, 0 };
-    int64_t left = k->end - io_now();
+    sl rest = k->request;
     k->len = 0;
-    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS) || left <= 0
-        || poll(&p, 1, (int)left) != 1 || io_connected(fd)
-        || io_write(fd, k->request) != (ssize_t)k->request.len)
+    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
+        || !ask_ready(k, fd, POLLOUT) || io_connected(fd))
         return false;
-    while (k->len < k->cap) {
-        p.events = POLLIN;
-        left = k->end - io_now();
-        if (left <= 0 || poll(&p, 1, (int)left) != 1)
+    while (rest.len) {
+        ssize_t n = ask_ready(k, fd, POLLOUT) ? io_write(fd, rest) : -EIO;
+        if (n < 0 && n != -EAGAIN)
             return false;
-        ssize_t n = io_read(fd, k->reply + k->len, k->cap - k->len);
-        if (n <= 0)
+        rest = sl_skip(rest, n > 0 ? (size_t)n : 0);
+    }
+    while (k->len < k->cap) {
+        ssize_t n = ask_ready(k, fd, POLLIN)
+            ? io_read(fd, k->reply + k->len, k->cap - k->len) : -EIO;
+        if (n == 0 || (n < 0 && n != -EAGAIN))
             return n == 0 && k->len > 0;
-        k->len += (size_t)n;
+        k->len += n > 0 ? (size_t)n : 0;
     }
     return true;
 }
@@ -15862,9 +15904,23 @@ static void check_run(bool (*is_over)(void))
         loop_round(&mask);
 }
 
-static bool check_sfu_over(void)
+static bool check_up_over(void)
 {
     return check_up->state == UP_DONE || check_up->state == UP_FAILED;
+}
+
+/* What stopped a call or a lookup; up may be NULL. For a denied address
+ * which range it lies in, and whether that can be allowed. */
+static void check_why(struct bb *b, enum event why, const struct up *up)
+{
+    const char *range;
+    bb_str(b, event_tab[why].text);
+    if (why != EV_SSRF_DENIED || !up)
+        return;
+    bool never = ip_range(up->addr.ip, &range) == RANGE_N;
+    bb_str(b, ", range ");
+    bb_str(b, range);
+    bb_str(b, never ? "" : "; LKJWT_ALLOW_NETWORKS allows it");
 }
 
 static void check_sfu(int64_t now)
@@ -15874,7 +15930,7 @@ static void check_sfu(int64_t now)
     check_up = lk_open(KIND_SIGNAL, 0, check_build, now + LIM_RPC_MS, now);
     if (!check_up)
         return;
-    check_run(check_sfu_over);
+    check_run(check_up_over);
     struct up *u = check_up;
     sl at = u->has_addr ? text_addr(addr, &u->addr) : SL("no address");
     sl code = lk_code(u);
@@ -15893,6 +15949,219 @@ static void check_sfu(int64_t now)
     up_close(u, io_now());
 }
 
+/* ---- --check: do clients find us? --------------------------------------
+ * As they do it (MSC4143): the well-known for clients of a server that the
+ * operator named, the service URL in it, and a request there. That is a
+ * POST to /get_token with an empty body: a service refuses it before it
+ * asks anybody, and unlike /healthz every proxy must let it through.
+ */
+
+/* The call at the URL of a focus; borrows from the well-known's reply. */
+static struct url check_url;
+
+static void check_build_focus(uint16_t idx, struct bb *b)
+{
+    (void)idx;
+    bb_str(b, "POST ");
+    bb_put(b, check_url.rest);
+    bb_str(b, "/get_token HTTP/1.1\r\nHost: ");
+    bb_put(b, check_url.name.whole);
+    bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
+        LKJWT_VERSION "\r\nContent-Length: 0\r\n\r\n");
+}
+
+/* As much of a path as a line takes. */
+static sl check_cut(sl path)
+{
+    return (sl){ path.p, path.len < 100 ? path.len : 100 };
+}
+
+static void check_put_url(struct bb *b, const struct url *url)
+{
+    bb_str(b, "https://");
+    bb_put(b, url->name.whole);
+    bb_put(b, check_cut(url->rest));
+    bb_str(b, ": ");
+}
+
+/* Read the list of foci; *url is the first one of LiveKit's. Returns 0 or
+ * -EV_JSON_*. */
+MUST_USE static int check_foci(struct js *j, sl *url)
+{
+    struct focus { sl type, url; } f;
+    static const struct js_field field[] = {
+        { "type", JS_STRING, offsetof(struct focus, type), NULL },
+        { "livekit_service_url", JS_STRING, offsetof(struct focus, url),
+          NULL } };
+    static const struct js_table tab = { field, 2, false, false };
+    static const struct js_field item = { "", JS_OBJECT, 0, &tab };
+    if (!js_take(j, '['))
+        return -EV_JSON_TYPE;
+    js_blank(j);
+    for (bool more = !js_take(j, ']'); more; ) {
+        f = (struct focus){ { NULL, 0 }, { NULL, 0 } };
+        int err = js_value(j, &item, &f);
+        if (err)
+            return err;
+        if (url->len == 0 && sl_eq(f.type, SL("livekit")))
+            *url = f.url;
+        js_blank(j);
+        more = js_take(j, ',');
+        js_blank(j);
+        if (!more && !js_take(j, ']'))
+            return -EV_JSON_SYNTAX;
+    }
+    return 0;
+}
+
+/* Find LiveKit's service URL in a well-known for clients, decoded in place.
+ * Returns NULL or what is wrong. */
+static const char *check_well_known(uint8_t *text_raw, size_t len, sl *url)
+{
+    static const char broken[] = "is not JSON as clients expect it";
+    struct js j;
+    bool found = false;
+    j.p = text_raw;
+    j.len = len;
+    j.pos = j.key_cnt = 0;
+    j.depth = 1;
+    j.value_cnt = 0;
+    js_blank(&j);
+    if (!js_take(&j, '{'))
+        return broken;
+    js_blank(&j);
+    for (bool more = !js_take(&j, '}'); more; ) {
+        sl key;
+        if (js_key(&j, 0, &key))
+            return broken;
+        bool is_foci = sl_eq(key, SL("org.matrix.msc4143.rtc_foci"));
+        found |= is_foci;
+        if (is_foci ? check_foci(&j, url) : js_value(&j, NULL, NULL))
+            return broken;
+        js_blank(&j);
+        more = js_take(&j, ',');
+        js_blank(&j);
+        if (!more && !js_take(&j, '}'))
+            return broken;
+    }
+    js_blank(&j);
+    return j.pos < j.len ? broken
+        : !found ? "has no org.matrix.msc4143.rtc_foci: clients do not know "
+            "where calls are"
+        : url->len == 0 ? "org.matrix.msc4143.rtc_foci has no entry of type "
+            "livekit with a livekit_service_url"
+        : NULL;
+}
+
+/* Ask for the well-known, redirects followed, and read it. Returns whether
+ * check_url is where clients are led to; else b says what is wrong. */
+static bool check_led(struct lookup *l, struct bb *b)
+{
+    sl at = { NULL, 0 };
+    lookup_first_hop(l, "/.well-known/matrix/client", io_now());
+    while (l->up && l->state != L_FAILED) {
+        l->state = L_DONE;           /* the reply is ours to read */
+        check_up = l->up;
+        check_run(check_up_over);
+        unsigned st = l->up->head.status;
+        if (l->up->state == UP_FAILED || (st != 301 && st != 302 && st != 303
+            && st != 307 && st != 308))
+            break;
+        lookup_redirect(l, io_now());
+    }
+    check_put_url(b, &l->url);
+    struct up *u = l->up;
+    if (l->state == L_FAILED || u->state == UP_FAILED) {
+        bb_str(b, u && u->state == UP_FAILED ? u->step : "");
+        bb_str(b, u && u->state == UP_FAILED ? ": " : "");
+        check_why(b, l->state == L_FAILED ? l->why : u->why, u);
+        return false;
+    }
+    if (u->head.status != 200) {
+        bb_str(b, "answers ");
+        bb_u64(b, u->head.status);
+        bb_str(b, "; clients read there where calls are");
+        return false;
+    }
+    const char *why = check_well_known(up_body(u), u->intake.len, &at);
+    if (!why && (!url_parse(at, &check_url) || check_url.has_query
+        || !sl_ieq(check_url.scheme, SL("https"))
+        || !host_is_public(l, &check_url.name)))
+        why = "livekit_service_url is not a plain https:// URL";
+    bb_str(b, why ? why : "");
+    return !why;
+}
+
+/* Judge the answer at the URL of a focus. Returns whether it is ours. */
+static bool check_focus_answer(struct up *u, struct bb *b)
+{
+    static const struct js_field field[] = {
+        { "errcode", JS_STRING, 0, NULL } };
+    static const struct js_table tab = { field, 1, false, false };
+    unsigned st = u->head.status;
+    sl code = { NULL, 0 };
+    if (u->state == UP_FAILED) {
+        bb_str(b, u->step);
+        bb_str(b, ": ");
+        check_why(b, u->why, u);
+        return false;
+    }
+    bool matrix = !js_parse(up_body(u), u->intake.len, &tab, &code)
+        && sl_starts(code, SL("M_"));
+    if (matrix && st != 404) {
+        bb_str(b, "answers");
+        return true;
+    }
+    bb_str(b, "answers ");
+    bb_u64(b, st);
+    bb_str(b, " to /get_token: ");
+    bb_str(b, st == 404 ? "the proxy leads it elsewhere"
+        : st >= 300 && st < 400 ? "browsers do not follow; name the URL "
+            "that it leads to"
+        : st >= 502 && st <= 504 ? "the proxy does not reach lkjwt"
+        : "not as lkjwt does");
+    if (st == 404 && !matrix && check_url.path.len) {
+        bb_str(b, ", or leaves the prefix in: strip it there or set "
+            "LKJWT_PATH_PREFIX=");
+        bb_put(b, check_cut(check_url.path));
+    }
+    return false;
+}
+
+/* Whether the clients of a server, which the operator named, find us. */
+static void check_focus(const struct name *n, int64_t now)
+{
+    uint8_t text[800];
+    struct bb b = BB(text);
+    struct lookup *l = lookup_take(KIND_SIGNAL, 0, n, now, now);
+    if (!l)
+        return;
+    l->is_client = true;
+    note_hook = NULL;
+    bool ok = check_led(l, &b);
+    loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+    if (ok) {
+        struct up_call c = { .owner = KIND_SIGNAL, .label = TL_CLIENT_API,
+            .trust = name_trust(&check_url.name, l->is_listed),
+            .is_tls = true, .host = check_url.name.host,
+            .port = check_url.name.port ? check_url.name.port : 443,
+            .cert_name = check_url.name.host, .reply_cap = LIM_RPC_LEN,
+            .end = io_now() + LIM_RPC_MS, .build = check_build_focus,
+            .search = is_single_label(check_url.name.host) };
+        b.len = 0;
+        check_put_url(&b, &check_url);
+        check_up = up_open(&c, 0, LIM_UP_CNT, io_now());
+        if (check_up) {
+            check_run(check_up_over);
+            ok = check_focus_answer(check_up, &b);
+            up_close(check_up, io_now());
+        }
+    }
+    check_line("focus", ok, (sl){ text, b.len });
+    check_failed |= !ok;
+    lookup_close(l, io_now());
+}
+
 static struct lookup *check_lookup;
 
 static bool check_lookup_over(void)
@@ -15905,8 +16174,7 @@ static bool check_lookup_over(void)
 static void check_homeserver(int64_t now)
 {
     struct name n;
-    char text[300];
-    uint8_t addr[64];
+    uint8_t addr[64], text[400];
     if (!name_parse(check_server, &n)) {
         check_line("name", false, sl_str(event_tab[EV_NAME_BAD].text));
         check_failed = true;
@@ -15927,23 +16195,23 @@ static void check_homeserver(int64_t now)
     check_run(check_lookup_over);
     struct lookup *l = check_lookup;
     bool ok = l->why == EV_TOKEN_UNKNOWN;
-    sl at = l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
-        : n.whole;
-    const char *hint = ok ? "knows OpenID tokens; all is well"
-        : l->why == EV_REPLY_STATUS
-        ? "answers, but not to OpenID look-ups: is its `openid` or "
-          "`federation` listener on?"
-        : event_tab[l->why].text;
-    const char *range = "";
-    bool denied_addr = l->why == EV_SSRF_DENIED && l->up;
-    bool never = denied_addr && ip_range(l->up->addr.ip, &range) == RANGE_N;
-    snprintf(text, sizeof text, "%.*s: %s%s%s%s", (int)at.len,
-        (const char *)at.p, hint, denied_addr ? ", range " : "", range,
-        denied_addr && !never ? "; LKJWT_ALLOW_NETWORKS allows it" : "");
+    struct bb b = BB(text);
+    bb_put(&b, l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
+        : n.whole);
+    bb_str(&b, ": ");
+    if (ok)
+        bb_str(&b, "knows OpenID tokens; all is well");
+    else if (l->why == EV_REPLY_STATUS)
+        bb_str(&b, "answers, but not to OpenID look-ups: is its `openid` or "
+            "`federation` listener on?");
+    else
+        check_why(&b, l->why, l->up);
     check_line(ok ? "userinfo" : l->step ? l->step : "userinfo", ok,
-        sl_str(text));
+        (sl){ text, b.len });
     check_failed |= !ok;
     lookup_close(l, io_now());
+    if (name_in(n.whole, cfg.full_access, cfg.full_access_cnt))
+        check_focus(&n, io_now());
 }
 
 static bool check_redis_over(void)

@@ -99,10 +99,10 @@ static void fault_each(const struct fault_row *tab, size_t cnt)
     for (size_t i = 0; i < cnt; i++)
         for (size_t e = 0; e < COUNT_OF(fault_fit_tab); e++) {
             unsigned bad = 0;
-            long seen = 1;
+            long seen;
             fault_errno = fault_fit_tab[e].err;
             fault_must_work = fault_errno == 0 || fault_errno == EINTR;
-            for (fault_next = 0; seen > fault_next; fault_next++) {
+            for (fault_next = 0; ; fault_next++) {
                 char why[1500] = "";
                 const char *text = tab[i].run();
                 seen = fault_seen;
@@ -117,7 +117,7 @@ static void fault_each(const struct fault_row *tab, size_t cnt)
                 if (why[0] && bad++ < 3)
                     row(name_of("%s: %s of call %ld", tab[i].name,
                         err_name[e], fault_next), false, "%s", why);
-                if (seen <= fault_next)
+                if (seen <= fault_next)      /* a run without a fault */
                     break;
             }
             row(name_of("%s: %s of each of %ld calls", tab[i].name,
@@ -418,6 +418,7 @@ static struct {
 } *fault_child;
 static struct sock *fault_client[3];
 static int64_t fault_since;
+static bool fault_is_unix;               /* listeners are unix sockets */
 
 /* As time passes: once there are listeners they are asked, once they have
  * answered the service is stopped. */
@@ -449,8 +450,8 @@ static void fault_start_poll(void)
     signal_stop = 1;
 }
 
-/* The whole of a process: files, listeners, Redis, clients, the end. */
-static void fault_start_child(void)
+/* The environment of a child; later rows win. */
+static void fault_env(const char *const more[][2], size_t cnt)
 {
     static const char *const env[][2] = {
         { "LIVEKIT_URL", "wss://sfu.example.org" },
@@ -469,14 +470,32 @@ static void fault_start_child(void)
     (void)clearenv();
     for (size_t i = 0; i < COUNT_OF(env); i++)
         (void)setenv(env[i][0], env[i][1], 1);
+    for (size_t i = 0; i < cnt; i++)
+        (void)setenv(more[i][0], more[i][1], 1);
+    memset(&cfg, 0, sizeof cfg);
+    ZERO(anchor_set);
+}
+
+/* The whole of a process: files, listeners, Redis, clients, the end. */
+static void fault_start_child(void)
+{
+    static const char *const by_unix[][2] = {
+        { "LIVEKIT_JWT_BIND", "unix:/run/x/public" },
+        { "LKJWT_METRICS_BIND", "/run/x/metrics" },
+        { "LIVEKIT_REDIS_URL", "" },
+    };
+    fault_env(by_unix, fault_is_unix ? COUNT_OF(by_unix) : 0);
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
         if (listener_pool[i].fd >= 0)
             sock_of(listener_pool[i].fd)->used = false;
     ZERO(watch_tab);
     ZERO(fd_tab);
     stale_cnt = 0;
-    memset(&cfg, 0, sizeof cfg);
-    ZERO(anchor_set);
+    world_has_paths = fault_is_unix;
+    if (fault_is_unix) {                 /* left by one that was killed */
+        path_add("/run/x/public");
+        path_add("/run/x/metrics");
+    }
     fault_sent_before = world_sent;
     world_sent = fault_sent;
     world_poll = fault_start_poll;
@@ -489,9 +508,10 @@ static void fault_start_child(void)
     for (size_t i = 0; i < LIM_CHAN_CNT; i++)
         open -= chan_pool[i].state != CHAN_FREE;
     if (fault_child->status == 0 && (open || listener_pool[0].fd >= 0
-        || listener_pool[2].fd >= 0 || met.gauge[GA_CONNECTIONS]))
+        || listener_pool[2].fd >= 0 || met.gauge[GA_CONNECTIONS]
+        || path_find("/run/x/public") || path_find("/run/x/metrics")))
         snprintf(fault_child->left, sizeof fault_child->left,
-            "%u sockets open", open);
+            "%u sockets open, or a path left", open);
     if (fault_child->status == 0 ? !fault_child->is_served
         : !fault_child->is_told || fault_must_work)
         snprintf(fault_child->left, sizeof fault_child->left, "%.1100s",
@@ -520,6 +540,14 @@ static const char *fault_start(void)
             ? ", served" : "", fault_child->left) : NULL;
 }
 
+static const char *fault_start_unix(void)
+{
+    fault_is_unix = true;
+    const char *text = fault_start();
+    fault_is_unix = false;
+    return text;
+}
+
 /* The child's pools went with it. */
 static const char *fault_start_left(void)
 {
@@ -529,7 +557,9 @@ static const char *fault_start_left(void)
 static void fault_start_rows(void)
 {
     static const struct fault_row tab[] = {
-        { "start-up", 0, fault_start, fault_start_left, true } };
+        { "start-up", 0, fault_start, fault_start_left, true },
+        { "start-up on unix sockets", 0, fault_start_unix, fault_start_left,
+            true } };
     fault_child = mmap(NULL, sizeof *fault_child, PROT_READ | PROT_WRITE,
         MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (fault_child == MAP_FAILED)

@@ -122,6 +122,7 @@ struct sock {
     uint8_t in[SOCK_BUF], out[SOCK_BUF];
 };
 static struct sock *sock_tab[SOCK_CNT];
+static int sock_top;                    /* none was ever used from there on */
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
 static int64_t world_skew;              /* our wall clock alone is off */
@@ -193,6 +194,34 @@ static bool fault_fails(enum call call)
     return true;
 }
 
+#include "unit_kernel.h"
+
+/* Unix sockets that a scenario lets be: no files, paths in this list. A
+ * path without a listener is what a killed process left. */
+static char world_path[4][sizeof ((struct sockaddr_un *)0)->sun_path];
+static bool world_has_paths;
+
+static char *path_find(const char *path)
+{
+    for (size_t i = 0; i < sizeof world_path / sizeof world_path[0]; i++)
+        if (strcmp(world_path[i], path) == 0)
+            return world_path[i];
+    return NULL;
+}
+
+static void path_add(const char *path)
+{
+    char *at = path_find("");
+    if (!at)
+        abort();
+    strcpy(at, path);
+}
+
+/* What is written to stdout, where a scenario wants to see it. */
+static char world_out[20000];
+static size_t world_out_len;
+static bool world_has_out;
+
 /* Lines written to stderr. */
 static char log_buf[1 << 20];
 static size_t log_len;
@@ -245,6 +274,7 @@ static struct sock *sock_new(void)
         memset(sock_tab[i], 0, offsetof(struct sock, in));
         sock_tab[i]->out[0] = 0;
         sock_tab[i]->used = true;
+        sock_top = i < sock_top ? sock_top : i + 1;
         sock_tab[i]->room = SIZE_MAX;
         sock_tab[i]->serial = ++world_sockets;
         return sock_tab[i];
@@ -324,6 +354,10 @@ static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
         errno = fault_errno;
         return -1;
     }
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        errno = ECONNREFUSED;            /* who listened there is gone */
+        return -1;
+    }
     if (world_dial)
         world_dial(s);
     /* interrupted, connecting goes on */
@@ -396,6 +430,20 @@ static ssize_t w_write(int fd, const void *p, size_t len)
         memcpy(log_buf + log_len, p, n);
         log_len += n;
         log_buf[log_len] = 0;
+        return (ssize_t)len;
+    }
+    if (fd == 1 && world_has_out) {
+        if (fault_fits && fault_now(CALL_STDERR)) {
+            errno = fault_errno;
+            if (fault_errno)
+                return -1;
+            len = 1;
+        }
+        if (len >= sizeof world_out - world_out_len)
+            abort();
+        memcpy(world_out + world_out_len, p, len);
+        world_out_len += len;
+        world_out[world_out_len] = 0;
         return (ssize_t)len;
     }
     struct sock *s = sock_of(fd);
@@ -492,6 +540,15 @@ static int w_bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (fault_fits && fault_fails(CALL_BIND))
         return -1;
     memcpy(&s->to, sa, len);
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        const char *path = ((const struct sockaddr_un *)(const void *)sa)
+            ->sun_path;
+        if (path_find(path)) {
+            errno = EADDRINUSE;
+            return -1;
+        }
+        path_add(path);
+    }
     return 0;
 }
 
@@ -524,15 +581,39 @@ static int w_fstatat(int dir, const char *path, struct stat *st, int flags)
     return fstatat(dir, path, st, flags);
 }
 
-static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
+static int w_stat(const char *path, struct stat *st)
 {
-    if (cnt == 1 && p->fd == 2) {    /* io_log asks */
-        if (fault_fits && fault_fails(CALL_POLL))
-            return -1;
-        p->revents = POLLOUT;
-        return 1;
-    }
-    return poll(p, cnt, ms);
+    if (!world_has_paths)
+        return stat(path, st);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    memset(st, 0, sizeof *st);
+    st->st_mode = S_IFSOCK;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_chmod(const char *path, mode_t mode)
+{
+    if (!world_has_paths)
+        return chmod(path, mode);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_unlink(const char *path)
+{
+    if (!world_has_paths)
+        return unlink(path);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    char *at = path_find(path);
+    errno = ENOENT;
+    if (at)
+        at[0] = 0;
+    return at ? 0 : -1;
 }
 
 /* What poll says of a socket; *next is the time of its next change. */
@@ -564,6 +645,41 @@ static short sock_events(const struct sock *s, short want, int64_t *next)
     if (s->room)
         got |= want & POLLOUT;
     return got;
+}
+
+/* Let time pass to the next change. False: the wait is over before it. */
+static bool world_pass(int64_t next, int64_t limit)
+{
+    limit = limit < world_end ? limit : world_end;
+    if (next < limit) {
+        world_ms = next;
+        return true;
+    }
+    if (limit == INT64_MAX)
+        abort();                     /* nothing will ever happen */
+    world_ms = limit > world_ms ? limit : world_ms;
+    return false;
+}
+
+static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
+{
+    const struct sock *s = cnt == 1 ? sock_of(p->fd) : NULL;
+    int64_t next, limit = world_ms + ms;
+    if (!s && (cnt != 1 || p->fd != 2))
+        return poll(p, cnt, ms);
+    if (s && world_poll)
+        world_poll();
+    if (fault_fits && fault_fails(CALL_POLL))
+        return -1;
+    if (!s) {                        /* io_log asks */
+        p->revents = POLLOUT;
+        return 1;
+    }
+    do {
+        next = INT64_MAX;
+        p->revents = sock_events(s, p->events, &next);
+    } while (!p->revents && world_pass(next, limit));
+    return p->revents != 0;
 }
 
 /* What epoll_ctl() set, by socket. It is gone when the socket is closed. */
@@ -617,32 +733,21 @@ static int w_epoll_pwait(int set, struct epoll_event *out, int cap, int ms,
         world_poll();
     if (fault_fits && fault_fails(CALL_EPOLL))
         return -1;
-    int64_t limit = ms >= 0 && ms != INT_MAX ? world_ms + ms : INT64_MAX;
-    limit = limit < world_end ? limit : world_end;
-    for (;;) {
-        int64_t next = INT64_MAX;
-        int ready = 0;
-        for (int i = 0; i < SOCK_CNT && ready < cap; i++) {
-            int at = (turn + i) % SOCK_CNT;
-            if (!epoll_holds(at))
-                continue;
-            short got = sock_events(sock_tab[at],
+    int64_t next, limit = ms == INT_MAX ? INT64_MAX : world_ms + ms;
+    int ready = 0;
+    do {
+        next = INT64_MAX;
+        for (int i = 0; i < sock_top && ready < cap; i++) {
+            int at = (turn + i) % sock_top;
+            short got = !epoll_holds(at) ? 0 : sock_events(sock_tab[at],
                 (short)world_epoll[at].events, &next);
             if (got)
                 out[ready++] = (struct epoll_event){ .events = (uint16_t)got,
                     .data.u64 = world_epoll[at].data };
         }
-        turn += ready == cap;
-        if (ready)
-            return ready;
-        if (next >= limit) {
-            if (limit == INT64_MAX)
-                abort();           /* nothing will ever happen */
-            world_ms = limit > world_ms ? limit : world_ms;
-            return 0;
-        }
-        world_ms = next;
-    }
+    } while (!ready && world_pass(next, limit));
+    turn += ready == cap;
+    return ready;
 }
 
 static int w_clock_gettime(clockid_t id, struct timespec *t)
@@ -659,6 +764,7 @@ static uint8_t random_last[32];
 
 static long w_syscall(long number, ...)
 {
+    long got;
     va_list ap;
     va_start(ap, number);
     long a = va_arg(ap, long), b = va_arg(ap, long), c = va_arg(ap, long);
@@ -683,6 +789,8 @@ static long w_syscall(long number, ...)
         }
         return b;
     }
+    if (kernel_syscall(number, (long[]){ a, b, c, d, e }, &got))
+        return got;
     if (number == SYS_openat && fault_fits && fault_fails(CALL_FILE))
         return -1;
     return syscall(number, a, b, c, d, e);
@@ -718,6 +826,16 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 
 #define br_ssl_engine_inject_entropy(a, b, c) w_inject_entropy(a, b, c)
 #define br_ssl_client_reset(a, b, c) w_client_reset(a, b, c)
+#define stat(a, b) w_stat(a, b)
+#define chmod(a, b) w_chmod(a, b)
+#define unlink(a) w_unlink(a)
+#define readlink(a, b, c) w_readlink(a, b, c)
+#define geteuid() w_geteuid()
+#define setgroups(a, b) w_setgroups(a, b)
+#define setgid(a) w_setgid(a)
+#define setuid(a) w_setuid(a)
+#define prctl(a, b, c, d, e) w_prctl(a, (unsigned long)(b), \
+    (unsigned long)(c), (unsigned long)(d), (unsigned long)(e))
 #define bind(a, b, c) w_bind(a, b, c)
 #define listen(a, b) w_listen(a, b)
 #define getsockname(a, b, c) w_getsockname(a, b, c)
@@ -743,6 +861,15 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #undef main
 #undef br_ssl_engine_inject_entropy
 #undef br_ssl_client_reset
+#undef stat
+#undef chmod
+#undef unlink
+#undef readlink
+#undef geteuid
+#undef setgroups
+#undef setgid
+#undef setuid
+#undef prctl
 #undef bind
 #undef listen
 #undef getsockname
