@@ -495,6 +495,7 @@ enum {
     X(API_UNKNOWN,    1413, 'w', \
       "client-server API of the homeserver cannot be found") \
     X(STOP_REFUSED,   1414, 'i', "delegation refused: stopping") \
+    X(BODY_EMPTY,     1415, 'd', "empty body: a client looks what is there") \
     X(QUEUE_FULL,     1501, 'w', \
       "too many requests wait for this homeserver") \
     X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
@@ -6212,6 +6213,12 @@ static enum verdict peer_verdict(enum event why)
         ? PEER_UNASKED : PEER_FAILED;
 }
 
+/* Whether a call was given up for a limit of ours, and may do better. */
+static bool up_was_held(enum event why)
+{
+    return why == EV_TLS_BUDGET || why == EV_WAIT_TIMEOUT;
+}
+
 static bool breaker_is_open(const struct memo *b, int64_t now)
 {
     return cfg.breaker && b->cnt >= cfg.breaker && now < b->at;
@@ -7307,11 +7314,12 @@ static void lookup_report(const struct lookup *l, enum event why)
 {
     enum verdict v = why == EV_NONE ? PEER_OK : peer_verdict(why);
     v = v == PEER_FAILED && l->is_late ? PEER_UNASKED : v;
+    int64_t now = io_now();
     struct memo *b = l->is_client ? NULL : v == PEER_FAILED
-        ? memo_make(breaker_cache, LIM_BREAKER_CNT, l->dest, 0)
+        ? memo_make(breaker_cache, LIM_BREAKER_CNT, l->dest, now)
         : memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
     if (b)
-        breaker_report(b, l->trust.class, v, l->name.whole, io_now());
+        breaker_report(b, l->trust.class, v, l->name.whole, now);
 }
 
 static void lookup_fail(struct lookup *l, enum event why, const char *step)
@@ -7319,7 +7327,7 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
     uint8_t addr[64], num[20];
     if (l->state == L_WELL_KNOWN && !l->is_client)   /* nobody shall wait */
         wk_finish(l, (sl){ NULL, 0 },
-            why == EV_TLS_BUDGET ? INT64_MIN : 0, true, io_now());
+            up_was_held(why) ? INT64_MIN : 0, true, io_now());
     if (why != EV_BREAKER_OPEN)
         lookup_report(l, why);
     bool has_addr = l->up && l->up->has_addr;
@@ -7686,14 +7694,14 @@ static void lookup_redirect(struct lookup *l, int64_t now)
     lookup_fetch(l, now);
 }
 
-/* The well-known had no turn for its handshake: an old delegation serves,
- * and nothing is remembered. */
+/* The well-known had no turn, for its address or its handshake: an old
+ * delegation serves, and nothing is remembered. */
 static void lookup_no_turn(struct lookup *l, int64_t now)
 {
     struct wk *w = l->is_client ? NULL : wk_slot(l->name.whole, now);
     l->is_passing = true;
     if (!w || w->len == 0 || w->good_until <= now) {
-        lookup_fail(l, EV_TLS_BUDGET, "tls");
+        lookup_fail(l, l->up->why, l->up->step);
         return;
     }
     wk_finish(l, (sl){ NULL, 0 }, INT64_MIN, true, now);
@@ -7716,7 +7724,7 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     struct up *u = l->up;
     sl dn = { NULL, 0 };
     struct name n;
-    if (u->state == UP_FAILED && u->why == EV_TLS_BUDGET) {
+    if (u->state == UP_FAILED && up_was_held(u->why)) {
         lookup_no_turn(l, now);
         return;
     }
@@ -7798,7 +7806,7 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
 {
     struct up *u = l->up;
     bool unreachable = strcmp(u->step, "http") != 0
-        && u->why != EV_TLS_BUDGET;
+        && !up_was_held(u->why);
     l->dial_cnt += u->dial_cnt;
     if (unreachable && l->target_next + 1 < l->target_cnt
         && l->dial_cnt < LIM_TRY_CNT) {
@@ -8255,8 +8263,8 @@ static sl lk_code(struct up *u)
     return code;
 }
 
-/* Log why a call failed. */
-static void lk_log(struct up *u, sl req)
+/* Log why a call failed, and return it. */
+static enum event lk_log(struct up *u, sl req)
 {
     uint8_t addr[64], num[20];
     enum event why = u->state == UP_FAILED ? u->why
@@ -8269,6 +8277,7 @@ static void lk_log(struct up *u, sl req)
         KV("status", u->state == UP_DONE ? text_u64(num, u->head.status)
                                          : (sl){ NULL, 0 }),
         KV("code", lk_code(u)));
+    return why;
 }
 
 enum presence { PRESENT, ABSENT, UNKNOWN };
@@ -9380,7 +9389,7 @@ static void job_look_ended(struct job *j, int64_t now)
         j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
     if (p == UNKNOWN && !j->is_unknown)  /* not each time */
-        lk_log(j->look, (sl){ NULL, 0 });
+        (void)lk_log(j->look, (sl){ NULL, 0 });
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
     if (sid.len)
         memcpy(copy, sid.p, sid.len);
@@ -12655,7 +12664,8 @@ static void exchange_room(struct exchange *x, int64_t now)
 {
     size_t leader = exchange_find_room(x);
     must(x->is_full);
-    if (!exchange_in_room(x->state) && leader < LIM_SLOT_CNT) {
+    if (!exchange_in_room(x->state) && leader < LIM_SLOT_CNT
+        && exchange_pool[leader].end <= x->end) {
         exchange_follow(x, leader);
         return;
     }
@@ -12874,9 +12884,10 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         exchange_roomed(x, now);
         return;
     }
-    lk_log(u, request_id(c));
+    enum event why = lk_log(u, request_id(c));
     exchange_drop(x, now);
     if (!passing || x->has_retried || now + LIM_RETRY_MS >= x->end) {
+        exchange_lead(x, false, why, RE_SFU);
         exchange_fail(x, EV_NONE, RE_SFU, now);
         return;
     }
@@ -12890,7 +12901,7 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 {
     struct lookup *l = x->lookup;
     if (l->state == L_FAILED) {
-        exchange_fail(x, EV_NONE, l->why == EV_TLS_BUDGET ? RE_LIMITED
+        exchange_fail(x, EV_NONE, up_was_held(l->why) ? RE_LIMITED
             : RE_UNAUTHORIZED, now);
     } else if (l->state == L_DONE) {
         x->user_len = (uint8_t)l->user.len;
@@ -13071,7 +13082,8 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     if (!err && x->r.expires_in.over)
         err = -EV_JSON_TYPE;
     if (err) {
-        LOG((enum event)-err, KV("req", request_id(c)));
+        LOG(c->body.len ? (enum event)-err : EV_BODY_EMPTY,
+            KV("req", request_id(c)));
         conn_error(c, RE_NOT_JSON, NULL, now);
         return;
     }
