@@ -6,7 +6,7 @@ Lanes, divided by `+`, run side by side, the suites of a lane one after the
 other; what follows a comma begins when all before it has ended. A lane that
 begins with `low` gives way to the others: compilers beside suites that wait.
 What a suite says is shown whole, in the order above, live as far as that
-allows.
+allows; that one has ended, at once.
 
 Every suite runs, also after one has failed. A suite that stops without a
 count, counts nothing, skips, or exits with an error it did not count is a
@@ -83,9 +83,10 @@ class Suite:
         status = process.wait()
         if (status and not self.failed) or not self.passed or not counts:
             self.failed += 1
-        self.said.put(f"==== {self.name}: {self.passed} passed, {self.failed} "
-                      f"failed, exit status {status}, "
-                      f"{time.monotonic() - began:.0f} s\n")
+        end = (f"==== {self.name}: {self.passed} passed, {self.failed} failed, "
+               f"exit status {status}, {time.monotonic() - began:.0f} s\n")
+        print(end.replace("=", "-", 4), end="", flush=True)
+        self.said.put(end)
 
 
 def divided(words, mark):
