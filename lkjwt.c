@@ -172,7 +172,9 @@
  *     same: the caches and the kept connection serve the next one.
  *   - Who shows a token that is being asked about, or wants a room that is
  *     being created, shares the answer; the first one's leaving changes
- *     nothing. Waiting requests are served in order, not by address.
+ *     nothing.
+ *   - Waiting requests are served in order; where client addresses are
+ *     known, those of one address after one of each other.
  *   - A breaker counts lookups of a server, not their calls. Delayed events
  *     keep their own retries; an open breaker only delays them.
  *   - Limits per client address are refused without LKJWT_TRUSTED_PROXIES;
@@ -273,6 +275,8 @@ enum {
     LIM_DEST_CNT     = 16,     /* per server; LKJWT_LOOKUPS_PER_SERVER */
     LIM_DEST_LISTED  = 64,     /* per server the operator named */
     LIM_DEST_OPEN    = 32,     /* per server under the lone `*` */
+    LIM_DEST_ADDR    = 16,     /* calls for strangers per address, whatever */
+                               /* names lead there; LIM_DEST_OPEN under `*` */
     LIM_WAIT_STRANGER = 1024,  /* waiting for a slot, all strangers */
     LIM_WAIT_DEST    = 128,    /* waiting, per stranger */
     LIM_WAIT_OPEN    = 512,    /* the same under the lone `*` */
@@ -325,6 +329,7 @@ enum {
     LIM_PAUSE_LISTED_MS = 3000,    /* the same for the operator's peers */
     LIM_COLD_BURST   = 4,      /* seconds of LKJWT_TLS_COLD_PER_S at once */
     LIM_COLD_WAIT_MS = 40,     /* between two looks at that budget */
+    LIM_COLD_LEFT_MS = 500,    /* a call that has less is not worth a part */
 
     /* delegated leaves */
     LIM_JOB_CNT      = 10000,  /* jobs; LKJWT_JOBS_MAX */
@@ -1204,6 +1209,11 @@ static void bb_ip(struct bb *b, const struct ip *a, uint16_t port)
         bb_byte(b, ':');
         bb_u64(b, port);
     }
+}
+
+static bool ip_eq(const struct ip *a, const struct ip *b)
+{
+    return a->v6 == b->v6 && memcmp(a->b, b->b, a->v6 ? 16 : 4) == 0;
 }
 
 static bool ip_in(const struct ip *a, const struct cidr *net)
@@ -6025,13 +6035,14 @@ MUST_USE static ssize_t chan_read(struct chan *ch, uint8_t *p, size_t cap)
  *
  * row state        waits for          limit    success   failure, timeout
  * U1  UP_RESOLVE   waiter's wake      5 s      U2        U8
- * U2  UP_DIAL      a try's POLLOUT    5 s      U3 or U5  next try, U8
+ * U2  UP_DIAL      a try's POLLOUT    5 s      U3 or U5  next try, U9, U8
  * U3  UP_TLS_SLOT  waiter's wake      call     U4        U8
  * U4  UP_TLS       engine's wish      5 s      U5        U2 (next try), U8
  * U5  UP_SEND      POLLOUT            10 s     U6        U8, U1 when kept
  * U6  UP_RECV      POLLIN             10 s     U7        U8, U1 when kept
  * U7  UP_DONE      -                  -        the owner reads and closes
  * U8  UP_FAILED    -                  -        the owner reads and closes
+ * U9  UP_ADDR_SLOT waiter's wake, 1 s call     U2        U8
  * A kept connection enters at U5. The call's own deadline bounds all.
  */
 
@@ -6058,28 +6069,38 @@ static uint64_t memo_key(char kind, sl name)
     return (uint64_t)be32(sum) << 32 | be32(sum + 4);
 }
 
-/* The entry of a key. Without one: a new one with `make`, else NULL. */
-static struct memo *memo_get(struct memo *tab, size_t cnt, uint64_t key,
-    bool make)
+/* The entry of a key, or NULL. */
+static struct memo *memo_find(struct memo *tab, size_t cnt, uint64_t key)
 {
-    struct memo *set = &tab[key % (cnt / 4) * 4], *best = set;
-    for (size_t i = 0; i < 4; i++) {
+    struct memo *set = &tab[key % (cnt / 4) * 4];
+    for (size_t i = 0; i < 4; i++)
         if (set[i].key == key)
             return &set[i];
-        if (set[i].at < best->at)
-            best = &set[i];
-    }
-    if (!make)
-        return NULL;
-    *best = (struct memo){ .key = key };
-    return best;
+    return NULL;
+}
+
+/* The entry of a key, if need be a new one; until: entries up to then mean
+ * nothing any more. */
+static struct memo *memo_make(struct memo *tab, size_t cnt, uint64_t key,
+    int64_t until)
+{
+    struct memo *m = memo_find(tab, cnt, key);
+    struct memo *set = &tab[key % (cnt / 4) * 4], *oldest = set;
+    if (m)
+        return m;
+    for (size_t i = 1; i < 4; i++)
+        if (set[i].at < oldest->at)
+            oldest = &set[i];
+    met.evicted += oldest->at > until;
+    *oldest = (struct memo){ .key = key };
+    return oldest;
 }
 
 /* Whether an entry that is kept until `at` is there. */
 static bool memo_holds(struct memo *tab, size_t cnt, uint64_t key,
     int64_t now)
 {
-    const struct memo *m = memo_get(tab, cnt, key, false);
+    const struct memo *m = memo_find(tab, cnt, key);
     return m && m->at > now;
 }
 
@@ -6099,7 +6120,8 @@ static bool rate_take(struct memo *m, const struct rate *r, int64_t now)
 static bool rate_ok(uint64_t key, const struct rate *r, int64_t now)
 {
     return r->burst == 0
-        || rate_take(memo_get(rate_cache, LIM_RATE_CNT, key, true), r, now);
+        || rate_take(memo_make(rate_cache, LIM_RATE_CNT, key, now * 1000), r,
+                     now);
 }
 
 /* ---- circuit breakers (SECURITY section 8) -----------------------------
@@ -6181,8 +6203,8 @@ static int64_t breaker_open_cnt(const struct memo *tab, size_t cnt,
     return n;
 }
 
-enum up_state { UP_FREE, UP_RESOLVE, UP_DIAL, UP_TLS_SLOT, UP_TLS, UP_SEND,
-    UP_RECV, UP_DONE, UP_FAILED };
+enum up_state { UP_FREE, UP_RESOLVE, UP_ADDR_SLOT, UP_DIAL, UP_TLS_SLOT,
+    UP_TLS, UP_SEND, UP_RECV, UP_DONE, UP_FAILED };
 
 /* Decoding of one message body into a buffer, or a big one when it grows.
  * All zero before its use; big is index + 1. */
@@ -6413,6 +6435,7 @@ static void up_watch(struct up *u)
         if (up_next_try(u) < u->try_cnt && u->stagger_at < end)
             end = u->stagger_at;
         break;
+    case UP_ADDR_SLOT:
     case UP_TLS_SLOT:                /* a reset shows at the handshake */
         fd = -1;
         break;
@@ -6519,6 +6542,46 @@ static struct up *up_open(const struct up_call *call, size_t from, size_t to,
     return u;
 }
 
+/* Whether a call is at an address, or waits to be. */
+static bool up_is_at(const struct up *u, const struct ip *ip)
+{
+    if (u->state == UP_ADDR_SLOT)
+        return ip_eq(&u->try_addr[up_next_try(u)].ip, ip);
+    bool is_at = u->chan && ip_eq(&u->addr.ip, ip);
+    for (size_t k = 0; k < LIM_TRY_CNT; k++)
+        is_at |= u->try_fd[k] >= 0 && ip_eq(&u->try_addr[k].ip, ip);
+    return is_at;
+}
+
+/* Whether a stranger's call must not go to an address yet: as many as may
+ * are there, or have waited longer. Many names can lead to one address. */
+static bool up_addr_is_full(const struct up *u, const struct ip *ip)
+{
+    int cap = cfg.is_open ? LIM_DEST_OPEN : LIM_DEST_ADDR;
+    for (size_t i = 0; i < LIM_UP_ALL && cap; i++) {
+        const struct up *v = &up_pool[i];
+        cap -= v != u && v->state != UP_FREE
+            && v->call.trust.class == CLASS_STRANGER
+            && (v->state != UP_ADDR_SLOT || v->number < u->number)
+            && up_is_at(v, ip);
+    }
+    return cap == 0;
+}
+
+/* A call leaves its address: wake who has waited for it longest. */
+static void up_wake_addr_waiter(const struct up *left)
+{
+    const struct up *next = NULL;
+    for (size_t i = 0; i < LIM_UP_ALL; i++) {
+        const struct up *u = &up_pool[i];
+        if (u->state == UP_ADDR_SLOT && up_is_at(u, &left->addr.ip)
+            && (!next || u->number < next->number))
+            next = u;
+    }
+    if (next)
+        loop_wake(KIND_UP, (size_t)(next - up_pool));
+}
+
 /* Free a call; a connection whose reply ended cleanly is kept. */
 static void up_close(struct up *u, int64_t now)
 {
@@ -6540,6 +6603,16 @@ static void up_close(struct up *u, int64_t now)
     big_free(&u->intake.big);
     u->state = UP_FREE;
     met.gauge[GA_UPSTREAM]--;
+    if (u->has_addr && u->call.trust.class == CLASS_STRANGER)
+        up_wake_addr_waiter(u);
+}
+
+/* Dial the addresses that are known. */
+static void up_dial(struct up *u, int64_t now)
+{
+    u->state = UP_DIAL;
+    u->stage_end = now + LIM_CONNECT_MS;
+    up_start_tries(u, now);
 }
 
 static void up_step_resolve(struct up *u, int64_t now)
@@ -6566,10 +6639,8 @@ static void up_step_resolve(struct up *u, int64_t now)
     for (size_t i = 0; i < cnt; i++)
         u->try_addr[i] = (struct addr){ list[i], u->call.port };
     u->try_cnt = u->call.tries && u->call.tries < cnt ? u->call.tries : cnt;
-    u->state = UP_DIAL;
-    u->stage_end = now + LIM_CONNECT_MS;
     u->is_denied = true;
-    up_start_tries(u, now);
+    up_dial(u, now);
 }
 
 /* A denied address: say which range, and how to allow it if that can be. */
@@ -6593,10 +6664,21 @@ static void up_log_denied(const struct up *u, const struct addr *a)
 static void up_start_tries(struct up *u, int64_t now)
 {
     size_t pending = 0, k, idx = (size_t)(u - up_pool);
+    bool is_stranger = u->call.trust.class == CLASS_STRANGER;
     for (k = 0; k < LIM_TRY_CNT; k++)
         pending += u->try_fd[k] >= 0;
     while ((k = up_next_try(u)) < u->try_cnt
            && (pending == 0 || now >= u->stagger_at)) {
+        if (is_stranger && up_addr_is_full(u, &u->try_addr[k].ip)) {
+            u->stagger_at = now + LIM_STAGGER_MS;
+            if (pending == 0) {
+                u->state = UP_ADDR_SLOT;
+                u->stage_end = now + 1000;
+                up_watch(u);
+                return;
+            }
+            break;
+        }
         int fd = io_connect(&u->try_addr[k], &u->call.trust, false);
         if (fd == -EACCES)
             up_log_denied(u, &u->try_addr[k]);
@@ -6637,14 +6719,30 @@ static void up_tls_failed(struct up *u, enum event why, int detail,
     chan_close(u->chan);
     u->chan = NULL;
     u->has_turn = false;
-    u->state = UP_DIAL;
-    u->stage_end = now + LIM_CONNECT_MS;
     u->stagger_at = now;
-    up_start_tries(u, now);
+    up_dial(u, now);
+}
+
+/* Who has waited longest for a part of the TLS budget, and has the time to
+ * use it: strangers that are known, or those that are not. NULL: nobody. */
+static struct up *up_first_cold(bool is_known, int64_t now)
+{
+    struct up *first = NULL;
+    for (size_t i = 0; i < LIM_UP_ALL; i++) {
+        struct up *u = &up_pool[i];
+        if (u->state == UP_TLS_SLOT && !u->has_turn
+            && u->call.is_known == is_known
+            && now + LIM_COLD_LEFT_MS <= u->call.end
+            && (!first || u->number < first->number))
+            first = u;
+    }
+    return first;
 }
 
 /* Handshakes with strangers that no session shortens are counted: half the
- * budget is kept for those that are known. False: not now. */
+ * budget is kept for those that are known. Its parts go out in order; the
+ * first in the queue looks whether there is one, the others are woken.
+ * False: not now, stage_end says when to look again. */
 static bool up_take_turn(struct up *u, int64_t now)
 {
     static struct memo cold;
@@ -6654,20 +6752,29 @@ static bool up_take_turn(struct up *u, int64_t now)
         u->has_turn = true;
     if (u->has_turn)
         return true;
+    if (up_first_cold(u->call.is_known, now) != u) {
+        u->stage_end = now + 1000;
+        return false;
+    }
     r.interval_us = 1000000 / cfg.tls_cold_per_s;
     r.burst = u->call.is_known ? r.burst : r.burst / 2;
     u->has_turn = rate_take(&cold, &r, now);
+    struct up *next = u->has_turn ? up_first_cold(u->call.is_known, now)
+        : NULL;
+    if (next)
+        loop_wake(KIND_UP, (size_t)(next - up_pool));
+    u->stage_end = now + LIM_COLD_WAIT_MS;
     return u->has_turn;
 }
 
 /* Enter TLS as soon as one of the handshake slots is free. */
 static void up_step_tls_slot(struct up *u, int64_t now)
 {
+    u->state = UP_TLS_SLOT;
     bool turn = up_take_turn(u, now);
     struct hs *h = turn ? hs_take(u->call.trust.class, u->key) : NULL;
-    u->state = UP_TLS_SLOT;
-    u->stage_end = turn ? u->call.end : now + LIM_COLD_WAIT_MS;
     if (!h) {
+        u->stage_end = turn ? u->call.end : u->stage_end;
         up_watch(u);
         return;
     }
@@ -6880,6 +6987,9 @@ static void up_timeout(struct up *u, int64_t now)
     case UP_DIAL:
         up_fail(u, EV_CONNECT_TIMEOUT, "connect", 0);
         return;
+    case UP_ADDR_SLOT:
+        up_fail(u, EV_WAIT_TIMEOUT, "connect", 0);
+        return;
     case UP_TLS_SLOT:
         up_fail(u, EV_TLS_BUDGET, "tls", 0);
         return;
@@ -6904,7 +7014,8 @@ static void up_timeout(struct up *u, int64_t now)
 static enum step up_step(size_t idx, int revents, int64_t now)
 {
     struct up *u = &up_pool[idx];
-    int64_t end = u->state == UP_TLS_SLOT ? u->call.end : u->stage_end;
+    bool waits = u->state == UP_ADDR_SLOT || u->state == UP_TLS_SLOT;
+    int64_t end = waits ? u->call.end : u->stage_end;
     (void)revents;
     if (u->state != UP_FREE && (now >= end || now >= u->call.end)) {
         up_timeout(u, now);
@@ -6912,6 +7023,7 @@ static enum step up_step(size_t idx, int revents, int64_t now)
     }
     switch (u->state) {
     case UP_RESOLVE:  up_step_resolve(u, now); return STEP_WAIT;
+    case UP_ADDR_SLOT: up_dial(u, now); return STEP_WAIT;
     case UP_DIAL:     up_start_tries(u, now); return STEP_WAIT;
     case UP_TLS_SLOT: up_step_tls_slot(u, now); return STEP_WAIT;
     case UP_TLS:      up_step_tls(u, now); return STEP_WAIT;
@@ -7066,8 +7178,7 @@ static bool name_matches(const struct name *n, sl pattern)
     if (sl_ends(p.host, SL(".")))
         p.host.len--;
     if (p.is_ip || n->is_ip)
-        return !below && p.is_ip && n->is_ip && p.ip.v6 == n->ip.v6
-            && memcmp(p.ip.b, n->ip.b, 16) == 0;
+        return !below && p.is_ip && n->is_ip && ip_eq(&p.ip, &n->ip);
     if (!below)
         return sl_ieq(p.host, n->host);
     size_t cut = n->host.len - p.host.len;
@@ -7130,8 +7241,9 @@ static void lookup_report(const struct lookup *l, enum event why)
 {
     enum verdict v = why == EV_NONE ? PEER_OK : peer_verdict(why);
     v = v == PEER_FAILED && l->is_late ? PEER_UNASKED : v;
-    struct memo *b = l->is_client ? NULL : memo_get(breaker_cache,
-        LIM_BREAKER_CNT, l->dest, v == PEER_FAILED);
+    struct memo *b = l->is_client ? NULL : v == PEER_FAILED
+        ? memo_make(breaker_cache, LIM_BREAKER_CNT, l->dest, 0)
+        : memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
     if (b)
         breaker_report(b, l->trust.class, v, l->name.whole, io_now());
 }
@@ -7168,7 +7280,7 @@ static void lookup_done(struct lookup *l)
     int64_t now = io_now();
     lookup_report(l, EV_NONE);
     if (!l->is_listed && !l->is_client)
-        memo_get(known_cache, LIM_KNOWN_CNT, l->dest, true)->at
+        memo_make(known_cache, LIM_KNOWN_CNT, l->dest, now)->at
             = now + LIM_KNOWN_MS;
     l->state = L_DONE;
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
@@ -7789,7 +7901,7 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     l->token = token;
     l->req = req;
     l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
-    struct memo *b = memo_get(breaker_cache, LIM_BREAKER_CNT, l->dest, false);
+    struct memo *b = memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
     if (b && breaker_refuses(b, now)) {
         lookup_fail(l, EV_BREAKER_OPEN, "breaker");
     } else if (l->over) {
@@ -10537,7 +10649,7 @@ static bool webhook_seen(const uint8_t body_sum[32], bool mark, int64_t now)
     uint64_t key = memo_key('w', (sl){ body_sum, 32 });
     bool seen = memo_holds(seen_cache, LIM_SEEN_CNT, key, now);
     if (mark && !seen)
-        memo_get(seen_cache, LIM_SEEN_CNT, key, true)->at = now + LIM_SEEN_MS;
+        memo_make(seen_cache, LIM_SEEN_CNT, key, now)->at = now + LIM_SEEN_MS;
     return seen;
 }
 
@@ -11973,7 +12085,7 @@ static struct exchange {
     struct api *api;
     struct request r;
     struct name name;
-    uint64_t dest;
+    uint64_t dest, turn;             /* turn: its place while it waits */
     struct lookup *lookup;
     struct up *up;
     int64_t since, end;
@@ -11981,6 +12093,7 @@ static struct exchange {
     uint8_t alias[HASH_NAME_LEN];
 } exchange_pool[LIM_SLOT_CNT];
 static uint8_t exchange_states[LIM_SLOT_CNT];    /* the same, for scans */
+static uint64_t exchange_turn;       /* of the last that waited and went on */
 static size_t exchange_room_cnt;                 /* in X3 to X5 */
 
 #define AT(member) offsetof(struct request, member)
@@ -12116,8 +12229,23 @@ static struct conn *exchange_conn(const struct exchange *x)
     return &conn_pool[x - exchange_pool];
 }
 
-/* Wake the exchange that has waited longest in a state, of one server
- * unless dest is 0; for a lookup's slot, of those that may have it. */
+/* Its place in the queue: a client's next request comes after one of each
+ * other client that waits, where clients are known. */
+static uint64_t exchange_next_turn(const struct exchange *x)
+{
+    const struct conn *c = exchange_conn(x);
+    uint64_t turn = exchange_turn;
+    for (size_t i = 0; c->has_client && i < LIM_SLOT_CNT; i++)
+        if (exchange_states[i] == X_WAIT && conn_pool[i].has_client
+            && exchange_pool[i].turn >= turn
+            && addr_same(&conn_pool[i].client, &c->client))
+            turn = exchange_pool[i].turn + 1;
+    return turn;
+}
+
+/* Wake the exchange that has waited longest in a state, clients by turns,
+ * of one server unless dest is 0; for a lookup's slot, of those that may
+ * have it. */
 static void exchange_wake(enum exchange_state state, uint64_t dest)
 {
     struct exchange *best = NULL;
@@ -12126,7 +12254,8 @@ static void exchange_wake(enum exchange_state state, uint64_t dest)
     for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
         struct exchange *x = &exchange_pool[i];
         if (exchange_states[i] == state && (dest == 0 || x->dest == dest)
-            && (!best || x->since < best->since)
+            && (!best || x->turn < best->turn
+                || (x->turn == best->turn && x->since < best->since))
             && (state != X_WAIT || lookup_has_room(x->is_listed,
                                                    x->is_known)))
             best = x;
@@ -12584,7 +12713,7 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
         if (cfg.is_open)
-            memo_get(room_cache, LIM_ROOM_CNT, exchange_room_key(x), true)->at
+            memo_make(room_cache, LIM_ROOM_CNT, exchange_room_key(x), now)->at
                 = now + LIM_ROOM_MS;
         exchange_lead(x, true, EV_NONE, RE_SFU);
         exchange_roomed(x, now);
@@ -12648,6 +12777,8 @@ static void exchange_admit(struct exchange *x, int64_t now)
         exchange_queue(x, now);
         return;
     }
+    exchange_turn = x->turn > exchange_turn ? x->turn : exchange_turn;
+    x->turn = 0;
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
     exchange_wake(X_WAIT, x->dest);       /* until nobody can be admitted */
@@ -12758,8 +12889,10 @@ static void exchange_enter(struct exchange *x, int64_t now)
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
     else if (joins)
         exchange_follow(x, leader);
-    else
+    else {
+        x->turn = exchange_next_turn(x);
         exchange_queue(x, now);
+    }
 }
 
 /* Steps 2 to 7 of PROTOCOL section 4, then the lookup. */

@@ -391,7 +391,7 @@ static void test_resolver(void)
     row_int("100 questions, 100 sockets", world_sockets - before, 100);
 }
 
-/* ---- 17: one HTTP call (rows U1 to U8) ---- */
+/* ---- 17: one HTTP call (rows U1 to U9) ---- */
 
 #define OK_REPLY "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -862,6 +862,107 @@ static void kept_rows(void)
     }
 }
 
+/* U9: calls for strangers per address, whatever names lead there. */
+static void addr_rows(void)
+{
+    enum { MORE = 3 };
+    struct up *u[LIM_DEST_OPEN + MORE];
+    for (int open = 0; open < 2; open++) {
+        int cap = open ? LIM_DEST_OPEN : LIM_DEST_ADDR;
+        net_reset();
+        cfg.is_open = open;
+        site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 80,
+            .slow_ms = 3000, .reply = { OK_REPLY } };
+        site_tab[1] = (struct site){ .host = "10.0.0.2", .port = 80,
+            .reply = { OK_REPLY } };
+        for (int i = 0; i < cap + MORE; i++)
+            u[i] = up_begin_test((struct up_opt){ .host = "10.0.0.1" });
+        net_run(net_never, 100);
+        int out = 0, waiting = 0;
+        for (int i = 0; i < cap + MORE; i++) {
+            out += u[i]->state == UP_RECV;
+            waiting += u[i]->state == UP_ADDR_SLOT;
+        }
+        row(name_of("U9 %d are out", cap), out == cap && waiting == MORE
+            && site_tab[0].dials == cap, "%d, %d wait, %d dials", out,
+            waiting, site_tab[0].dials);
+        struct up *end = up_begin_test((struct up_opt){ .host = "10.0.0.1",
+            .ms = 500 });
+        struct up *listed = up_begin_test((struct up_opt){
+            .host = "10.0.0.1", .class = CLASS_LISTED });
+        struct up *other = up_begin_test((struct up_opt){
+            .host = "10.0.0.2" });
+        net_run(net_never, 600);
+        up_test = end;
+        row("U9 the call's own end",
+            sl_eq(up_text(end), SL("WAIT_TIMEOUT connect")), "%.*s",
+            (int)up_text(end).len, up_text(end).p);
+        row("U9 not for the operator's", listed->state == UP_RECV,
+            "%d", listed->state);
+        row("U9 not for another address", other->state == UP_DONE,
+            "%d", other->state);
+        up_close(end, world_ms);
+        up_close(listed, world_ms);
+        up_close(other, world_ms);
+        up_close(u[5], world_ms);
+        net_run(net_never, 100);
+        row("U9 the longest waiting is next", u[cap]->state == UP_RECV
+            && u[cap + 1]->state == UP_ADDR_SLOT, "%d %d", u[cap]->state,
+            u[cap + 1]->state);
+        for (int i = 0; i < cap + MORE; i++)
+            if (u[i]->state == UP_RECV)
+                up_close(u[i], world_ms);
+        net_run(net_never, 4000);
+        row("U9 then all the others", u[cap + 1]->state == UP_DONE
+            && u[cap + 2]->state == UP_DONE, "%d %d", u[cap + 1]->state,
+            u[cap + 2]->state);
+        for (int i = 0; i < cap + MORE; i++)
+            up_close(u[i], world_ms);
+        row("U9 nothing is left", net_left_later()[0] == 0, "%s",
+            net_left());
+    }
+    cfg.is_open = false;
+}
+
+/* U3: parts of the TLS budget go to strangers in the order of their calls;
+ * half of it is for those that are known. */
+static void cold_rows(void)
+{
+    static char host[8][20];
+    struct up *u[8];
+    net_reset();
+    world_ms += 60000;                   /* the budget is whole again */
+    cfg.tls_cold_per_s = 1;
+    for (int i = 0; i < 8; i++) {
+        snprintf(host[i], sizeof host[i], "10.0.3.%d", i + 1);
+        site_tab[i] = (struct site){ .host = host[i], .port = 443,
+            .tls = TLS_YES, .san = host[i], .reply = { OK_REPLY } };
+        u[i] = up_begin_test((struct up_opt){ .tls = true, .host = host[i],
+            .ms = i == 3 ? 2300 : 0 });
+        u[i]->call.is_known = i >= 6;
+    }
+    static const struct { int64_t ms; const char *want; } at[] = {
+        { 100, "DD....DD" }, { 900, "DD....DD" }, { 1100, "DD....DD" },
+        { 200, "DD.F..DD" }, { 800, "DDDF..DD" }, { 1000, "DDDFD.DD" },
+        { 1000, "DDDFDDDD" },
+    };
+    for (size_t k = 0; k < COUNT_OF(at); k++) {
+        char got[9] = "";
+        net_run(net_never, at[k].ms);
+        for (int i = 0; i < 8; i++)
+            got[i] = u[i]->state == UP_DONE ? 'D'
+                : u[i]->state == UP_FAILED ? 'F' : '.';
+        row(name_of("U3 the budget in order, %zu", k),
+            strcmp(got, at[k].want) == 0, "%s", got);
+    }
+    up_test = u[3];
+    row_str("U3 whose turn did not come", up_text(u[3]), "TLS_BUDGET tls");
+    for (int i = 0; i < 8; i++)
+        up_close(u[i], world_ms);
+    cfg.tls_cold_per_s = 0;
+    row("U3 nobody is left", net_left_later()[0] == 0, "%s", net_left());
+}
+
 /* Who may hold how many of the handshakes at once. */
 static void share_rows(void)
 {
@@ -910,6 +1011,8 @@ static void test_upstream(void)
     tls_rows();
     kept_rows();
     share_rows();
+    addr_rows();
+    cold_rows();
     /* 128 are kept idle; the oldest makes room */
     net_reset();
     struct bb hosts = work_bb();
@@ -1570,7 +1673,7 @@ static void test_discovery(void)
             snprintf(name[cnt], sizeof name[0], "n%u.org:1", cnt);
             uint64_t dest = dest_hash(sl_str(name[cnt]));
             if (known)
-                memo_get(known_cache, LIM_KNOWN_CNT, dest, true)->at
+                memo_make(known_cache, LIM_KNOWN_CNT, dest, 0)->at
                     = world_ms + 1;
             if (!lookup_may_open(dest, false, world_ms))
                 break;

@@ -70,19 +70,25 @@ static void memo_sets(void)
     static struct memo tab[16];
     memset(tab, 0, sizeof tab);
     for (uint64_t k = 1; k <= 4; k++)
-        memo_get(tab, 16, k * 4, true)->at = (int64_t)(100 * k);
+        memo_make(tab, 16, k * 4, INT64_MAX)->at = (int64_t)(100 * k);
     bool all = true;
     for (uint64_t k = 1; k <= 4; k++)
         all = all && memo_holds(tab, 16, k * 4, 50);
     row("a set holds four", all, "not so");
-    row("a look makes none", memo_get(tab, 16, 400, false) == NULL, "not so");
-    memo_get(tab, 16, 400, true)->at = 900;
+    row("a look makes none", memo_find(tab, 16, 400) == NULL, "not so");
+    uint64_t before = met.evicted;
+    memo_make(tab, 16, 400, 99)->at = 900;
+    row_int("its going is counted", (long long)(met.evicted - before), 1);
     row("the least goes", !memo_holds(tab, 16, 4, 50)
         && memo_holds(tab, 16, 8, 50) && memo_holds(tab, 16, 400, 50),
         "not so");
+    memo_make(tab, 16, 404, 200)->at = 800;
+    row_int("not when it meant nothing", (long long)(met.evicted - before),
+        1);
+    memo_make(tab, 16, 8, 0)->at = 200;
     row("until its time", memo_holds(tab, 16, 8, 199)
         && !memo_holds(tab, 16, 8, 200), "not so");
-    row("another set is empty", memo_get(tab, 16, 5, false) == NULL, "not so");
+    row("another set is empty", memo_find(tab, 16, 5) == NULL, "not so");
     row("kinds keep apart", memo_key('u', SL("x")) != memo_key('s', SL("x")),
         "not so");
 }

@@ -471,6 +471,39 @@ def test_s11_a_refused_body_is_no_request(rig):
             assert w.at_end()
 
 
+def test_waiting_clients_take_turns(rig):
+    """Of those that wait for a lookup slot a client's second request comes after the first of each other client."""
+    hs, gate = rig.other, threading.Semaphore(0)
+    clients = {"a": "203.0.113.1", "b": "203.0.113.2", "c": "2001:db8::1"}
+    sent, threads = {}, []
+
+    def post(s, client, body):
+        check_granted(s.post("/sfu/get", body, [("X-Forwarded-For", client)]))
+
+    hs.forget()
+    hs.on(USERINFO, lambda request: gate.acquire(timeout=DEADLINE) and None)
+    try:
+        with rig.service(LKJWT_TRUSTED_PROXIES="127.0.0.0/8", LKJWT_LOOKUPS_MAX="1",
+                         LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
+            for n, name in enumerate(["a1", "a2", "a3", "a4", "b1", "c1", "b2"]):
+                body = rig.body("/sfu/get", hs)
+                sent[body["openid_token"]["access_token"]] = name
+                threads.append(threading.Thread(target=post, args=(s, clients[name[0]], body)))
+                threads[-1].start()
+                wait_for("the request", lambda n=n: len(hs.asked()) == 1 and
+                         s.metrics()["lkjwt_exchanges_waiting"] == n)
+            for n in range(7):
+                wait_for("the next", lambda n=n: len(hs.asked()) == n + 1)
+                gate.release()
+            for t in threads:
+                t.join()
+            order = [sent[r.query["access_token"]] for r in hs.asked()]
+            assert order == ["a1", "a2", "b1", "c1", "a3", "b2", "a4"]
+    finally:
+        hs.off()
+        hs.forget()
+
+
 # ---- handshakes with strangers
 
 def test_cold_handshakes_are_rationed(rig, pki):
