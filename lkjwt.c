@@ -846,8 +846,8 @@ struct cfg {
     int64_t conns_per_addr, tls_cold_per_s, breaker;     /* 0: off */
     bool has_redis;
     struct redis_url redis;
-    bool standalone;                 /* clients ask us, with OpenID tokens */
-    bool has_as;                     /* the homeserver of hs_name does */
+    bool has_as;                     /* the homeserver of hs_name may ask */
+    bool only_as;                    /* and nobody else, by OpenID tokens */
     struct name hs_name;
     sl as_id, sec_as_token;
     uint8_t hs_token_sum[32];        /* SHA-256: the token is not kept */
@@ -11623,8 +11623,10 @@ static void inq_ended(struct inquiry *q, int64_t now)
     if (unknown && !q->is_switched && inq_tab[q->kind].path[1]) {
         q->is_switched = true;
         q->is_stable = !q->is_stable;
-    } else if (q->kind == INQ_USER && q->status == 400 && !unknown
-               && !q->is_renamed) {
+    } else if (q->kind == INQ_USER && !q->is_renamed && !unknown
+               && (q->status == 400 || q->status == 403)) {
+        /* where `user_id` is no parameter yet it is taken for the user that
+         * we speak for: 403 for one of another server */
         q->is_renamed = true;
         q->is_mxid = !q->is_mxid;
     } else {
@@ -12128,7 +12130,7 @@ static const struct route {
 /* Whether a route is there, as the operator has it. */
 static bool route_is_on(const struct route *r)
 {
-    return r->who != FOR_ANYONE ? cfg.has_as : !r->is_json || cfg.standalone;
+    return r->who != FOR_ANYONE ? cfg.has_as : !(r->is_json && cfg.only_as);
 }
 
 static size_t conn_idx(const struct conn *c)
@@ -15265,8 +15267,8 @@ static void cfg_appservice(void)
     sl word = env_get("LKJWT_STANDALONE");
     unsigned before = cfg_fault_cnt;
     cfg.as_id = SL("lkjwt");
-    cfg.standalone = !sl_eq(word, SL("off"));
-    if (word.len && cfg.standalone && !sl_eq(word, SL("on")))
+    cfg.only_as = sl_eq(word, SL("off"));
+    if (word.len && !cfg.only_as && !sl_eq(word, SL("on")))
         cfg_say(EV_CONFIG_BAD, "LKJWT_STANDALONE", "must be on or off");
     if (file.len) {
         cfg_as_file(file, &as, &hs);
@@ -15280,7 +15282,7 @@ static void cfg_appservice(void)
         cfg_say(EV_CONFIG_BAD, "LIVEKIT_HS_SERVER_NAME", "the application "
             "service needs it, LIVEKIT_AS_TOKEN and LIVEKIT_HS_TOKEN: all "
             "or none");
-    if (!cfg.standalone && !cfg.has_as)
+    if (cfg.only_as && !cfg.has_as)
         cfg_say(EV_CONFIG_BAD, "LKJWT_STANDALONE",
             "off, and no application service: nobody could ask");
     if (!cfg.has_as)
@@ -15314,7 +15316,7 @@ static void cfg_access(void)
                 "holds what is no server name; it matches nothing");
     }
     cfg.is_open = stars == 1 && cfg.full_access_cnt == 1;
-    if (cfg.full_access_cnt == 0 && cfg.standalone)
+    if (cfg.full_access_cnt == 0 && !cfg.only_as)
         cfg_say(EV_CONFIG_BAD, "LIVEKIT_FULL_ACCESS_HOMESERVERS",
             "required: server names, or `*` for everyone");
     else if (cfg.is_open)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import jwt as pyjwt
 import pytest
-from livekit import rtc
 
 from caller import Call, Elsewhere
 from peers import Pki
@@ -160,8 +159,6 @@ def test_users_of_both_homeservers_are_in_one_call(sites, base):
             there = sites.sfu.participants(ann.alias)
             assert {i: p["permission"].get("can_publish", False) for i, p in there.items()} == {
                 ann.identity: True, bob.identity: True, dan.identity: False}
-            with pytest.raises((rtc.PublishTrackError, AssertionError)):
-                await d.publish()
     asyncio.run(talk())
     assert sites.ds.events("RELAYED", server=sites.gamma.name)
 
