@@ -3747,8 +3747,9 @@ MUST_USE static unsigned cf_registration(sl text, struct registration *r)
         is_open = plain.len == 0;
         for (size_t i = 0; i < COUNT_OF(tab); i++)
             if (sl_eq(key, tab[i].key)) {
-                if (tab[i].to->p || is_flow || value.len == 0
-                    || sl_eq(plain, SL("null")) || sl_eq(plain, SL("~")))
+                bool is_null = value.p == plain.p && (sl_eq(value, SL("null"))
+                    || sl_eq(value, SL("~")));
+                if (tab[i].to->p || is_flow || is_null || value.len == 0)
                     return number;
                 *tab[i].to = value;
             }
@@ -11403,6 +11404,7 @@ struct inq_reply {
     sl errcode, delay_id, room_id, jwt, inner_errcode;
     struct js_int delay_ms, delay, status;
     int8_t joined;                   /* -1: not said */
+    bool is_read;                    /* it is the JSON expected */
 };
 
 /* One question. Equal ones about members are one.
@@ -11607,6 +11609,8 @@ static void inq_parse(struct inquiry *q, struct up *u)
     if (js_parse(up_body(u), u->intake.len, q->kind == INQ_RELAY ? &relay
                  : &tab, &q->reply))
         q->reply = (struct inq_reply){ .joined = -1 };
+    else
+        q->reply.is_read = true;
 }
 
 /* The call ended: in another form where the homeserver knows none of this,
@@ -13939,7 +13943,7 @@ static void as_delayed(struct exchange *x, int64_t now)
     const struct inq_reply *r = &q->reply;
     struct js_int t = r->delay_ms.is_set ? r->delay_ms : r->delay;
     bool gone = q->status == 404 && r->errcode.len && !q->hint;
-    bool other = q->status == 200 && (!sl_eq(r->delay_id, x->r.delay_id)
+    bool other = q->status == 200 && r->is_read && (!sl_eq(r->delay_id, x->r.delay_id)
         || !sl_eq(r->room_id, x->r.room_id));
     if (gone || other) {
         exchange_fail(x, EV_DELAY_UNKNOWN, RE_BAD_PARAM, now);
