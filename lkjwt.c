@@ -12,7 +12,8 @@
  * Settings   the environment; ENV_TAB (24)
  * Endpoints  POST /get_token, /sfu/get, /delegate_delayed_leave and
  *            /sfu_webhook, GET|HEAD /healthz, and GET /metrics on a
- *            listener of its own; route_tab (22)
+ *            listener of its own; those of a homeserver that passes its
+ *            users' requests on; route_tab (22)
  * Told       one line an event on stderr, EVENT_TAB (03); counters (14)
  * Sources    MSC4195, the Matrix server-server API, LiveKit's RoomService
  *            (Twirp v8), the RFCs named where they rule.
@@ -25,6 +26,9 @@
  * grant; conn_answer replies. One thread, one poll: loop_round (26).
  * A delayed leave that is handed over becomes a job (21): webhooks and
  * look-ups tell it where the participant is, api_step restarts or sends.
+ * Behind a homeserver (MSC4195 as homeserver endpoints) as_begin takes what
+ * that passes on; inq_open (21a) asks it who is in the room, and as_proven
+ * decides; seat_run removes from the SFU who is there no more.
  * With Redis (20) job_store writes it down before the client is answered;
  * rep_step leases shards of the jobs, stream_run reads the webhooks and
  * delegations that other replicas took.
@@ -37,6 +41,7 @@
  *                09 dns      14 metrics    19 livekit         27 main
  *                                          20 redis
  *                                          21 jobs
+ *                                          21a appservice
  *                                          22 server
  * PART I (05-14) is pure: bytes in, values out, no system call, nothing
  * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
@@ -46,7 +51,9 @@
  *
  * Whose bytes, and what they may do
  *   anyone      HTTP and JSON: one bounded lookup at the server it names
- *   homeserver  DNS, TLS, HTTP: accept or refuse its own users
+ *   homeserver  DNS, TLS, HTTP: accept or refuse its own users; with its
+ *               token, as the one behind which we are: who asks, who is
+ *               in which room
  *   nameserver  answers: addresses, which are filtered, then proven by TLS
  *   SFU         replies and signed webhooks: who is in a room
  *   Redis       stored jobs and events, judged as if they came from clients
@@ -59,6 +66,8 @@
  *   hs_judge           that a peer is who it was dialled as        (16)
  *   has_full_access    which servers' users may create rooms       (18)
  *   exchange_verified  room or no room, token or no token          (22)
+ *   as_is_homeserver   that the homeserver says who asks           (22)
+ *   as_proven          room and token to who is in the Matrix room (22)
  *   jwt_put_join       what a join token allows                    (11)
  *   jwt_check_webhook  that a webhook is the SFU's                 (11)
  *
@@ -177,6 +186,11 @@
  *     keep their own retries; an open breaker only delays them.
  *   - Limits per client address are refused without LKJWT_TRUSTED_PROXIES;
  *     IPv6 clients are counted by their /64.
+ *   - Behind a homeserver, a user who is not in the room gets no token, and
+ *     tokens are bounded by the participants watched: who cannot be watched
+ *     is not let in. Who is watched is not stored.
+ *   - A delayed event that the homeserver handed over is restarted while
+ *     nobody has joined for its own delay, or as long as a token lives.
  *   - Of an SFU's error only Twirp's `code` is logged, never its text.
  */
 
@@ -12069,7 +12083,8 @@ static enum step seat_step(size_t idx, int revents, int64_t now)
 /* ==== 22 SERVER ==================== PART II: MACHINES ================
  * Purpose  Client connections, routes, and the token exchange.
  * Trust    Clients are anyone; nothing they send is believed before the
- *          homeserver has vouched for the user (exchange_verified).
+ *          homeserver has vouched for the user (exchange_verified), or is
+ *          the one who asks (as_is_homeserver).
  * Limits   LIM_CONN_CNT and the client-side numbers of section 02.
  * INV-V1   One request of a connection is served at a time, in order.
  * INV-V2   Connection i serves exchange i; its buffers outlive it.
