@@ -12033,7 +12033,8 @@ static void probe_step(int64_t now)
         }
         as_probe.is_joined_ok = ok;
         if (!ok) {
-            as_probe.wait_ms = as_probe.wait_ms ? as_probe.wait_ms * 2 : LIM_PROBE_MS;
+            as_probe.wait_ms = as_probe.wait_ms ? as_probe.wait_ms * 2
+                : LIM_PROBE_MS;
             if (as_probe.wait_ms > LIM_API_BAD_MS * 10)
                 as_probe.wait_ms = LIM_API_BAD_MS * 10;
             as_probe.at = now + as_probe.wait_ms;
@@ -12046,10 +12047,12 @@ static void probe_step(int64_t now)
         bb_put(&b, cfg.hs_name.whole);
         as_probe.inq = as_probe.is_joined_ok
             ? inq_open(INQ_RELAY, SL(""), SL(""), now + LIM_INQ_MS)
-            : inq_open(INQ_SERVER, (sl){ text, b.len }, cfg.hs_name.whole, now + LIM_INQ_MS);
+            : inq_open(INQ_SERVER, (sl){ text, b.len }, cfg.hs_name.whole,
+                       now + LIM_INQ_MS);
         as_probe.at = now + LIM_PROBE_MS;
     }
-    loop_set(KIND_SEAT, SEAT_PROBE, -1, 0, as_probe.inq ? INT64_MAX : as_probe.at);
+    loop_set(KIND_SEAT, SEAT_PROBE, -1, 0, as_probe.inq ? INT64_MAX
+        : as_probe.at);
 }
 
 static void seat_wake_inquiry(size_t inq)
@@ -13017,9 +13020,10 @@ static const struct route route_tab[] = {
  * X7  X_STORE      Redis            reply         reply: memory has it
  * X8  X_FOLLOW     another's X2, X3 as that one   as that one
  * X9  X_INQUIRY    section 21a      X9, X3, reply reply
- * Requests that the homeserver passes on begin with X9. X6 stands between X2 and X3 when a delayed event is handed over. X8 is
- * for the second who shows a token that is being looked up, or wants a room
- * that is being created.
+ * Requests that the homeserver passes on begin with X9. X6 stands between
+ * X2 and X3 when a delayed event is handed over. X8 is for the second who
+ * shows a token that is being looked up, or wants a room that is being
+ * created.
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
     X_ROOM_PAUSE, X_API, X_STORE, X_FOLLOW, X_INQUIRY };
@@ -13958,8 +13962,9 @@ static void as_delayed(struct exchange *x, int64_t now)
     const struct inq_reply *r = &q->reply;
     struct js_int t = r->delay_ms.is_set ? r->delay_ms : r->delay;
     bool gone = q->status == 404 && r->errcode.len && !q->hint;
-    bool other = q->status == 200 && r->is_read && (!sl_eq(r->delay_id, x->r.delay_id)
-        || !sl_eq(r->room_id, x->r.room_id));
+    bool other = q->status == 200 && r->is_read
+        && !(sl_eq(r->delay_id, x->r.delay_id)
+             && sl_eq(r->room_id, x->r.room_id));
     if (gone || other) {
         exchange_fail(x, EV_DELAY_UNKNOWN, RE_BAD_PARAM, now);
     } else if (q->status != 200 || !t.is_set || t.over || t.v <= 0) {
@@ -16359,7 +16364,8 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
     + sizeof inq_pool + sizeof member_cache + sizeof seat_pool
-    + sizeof seat_hot + sizeof seat_text + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof poll_tab
+    + sizeof seat_hot + sizeof seat_text + sizeof gone_ring
+    + sizeof store_ring + sizeof watch_tab + sizeof poll_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
     "pools exceed the promise");
 
