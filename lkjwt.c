@@ -11570,7 +11570,9 @@ static void inq_start(struct inquiry *q, int64_t now)
         inq_done(q, INQ_UNKNOWN, EV_WAIT_TIMEOUT, now);
         return;
     }
-    if (got == RES_OK && breaker_refuses(&a->breaker, now)) {
+    /* a relay fails with the server that a user named, not with ours */
+    bool counts = q->kind != INQ_RELAY && q->kind != INQ_LOOP;
+    if (got == RES_OK && counts && breaker_refuses(&a->breaker, now)) {
         inq_done(q, INQ_UNKNOWN, EV_BREAKER_OPEN, now);
         return;
     }
@@ -11578,6 +11580,7 @@ static void inq_start(struct inquiry *q, int64_t now)
         struct up_call c = api_call(a, KIND_INQUIRY, inq_idx(q),
             TL_HOMESERVER, q->end);
         c.build = inq_build;
+        c.breaker = counts ? c.breaker : NULL;
         q->api = (uint16_t)api_idx(a);
         q->up = up_open(&c, from, from + LIM_AS_CNT, now);
         if (q->up)
@@ -16675,7 +16678,8 @@ static int main_registration(int argc, char **argv)
     struct bb b = BB(text);
     struct base base;
     const char *url = argc > 0 ? argv[0] : "http://127.0.0.1:8080";
-    if (!name_parse(name, &n) || !cfg_base(sl_str(url), false, &base)) {
+    if (!name_parse(name, &n) || !cfg_base(sl_str(url), false, &base)
+        || !sl_starts(base.url.scheme, SL("http"))) {
         out("LIVEKIT_HS_SERVER_NAME must be set to the homeserver's server "
             "name, URL to where it reaches lkjwt\n");
         return 1;

@@ -153,6 +153,7 @@ def body_of(room, member_id="member-1", **over):
 @pytest.fixture(scope="module")
 def world():
     with World(LIVEKIT_LOG_LEVEL="debug") as w:
+        w.svc.wait_event("AS_READY")
         yield w
 
 
@@ -543,6 +544,26 @@ def test_relay_needs_both_in_the_room():
         assert w.post(GET, user, body_of(room, server_name="near.test")).status == 200
 
 
+def test_relays_that_fail_do_not_close_the_way_to_our_own_homeserver():
+    """Any user can name a dead server."""
+    with World(LKJWT_BREAKER_FAILURES="3") as w:
+        w.home.relay = lambda body: Reply(502, {"errcode": "IO.ELEMENT.MSC4512.M_FEDPROXY_CONNECTION_FAILED"})
+        user, room = w.user()
+        w.home.joined.add((room, "dead.test"))
+        for _ in range(8):
+            refused(w.post(GET, user, body_of(room, server_name="dead.test")), 502, "M_UNKNOWN")
+        other, room = w.user()
+        granted(w.post(GET, other, body_of(room)), other, room)
+        # One that fails by itself is left alone for a while, and then asked again.
+        w.home.odd = Reply(500, {"errcode": "M_UNKNOWN"})
+        for _ in range(4):
+            user, room = w.user()
+            refused(w.post(GET, user, body_of(room)), 502, "M_UNKNOWN")
+        assert w.svc.wait_event("AS_CALL_FAILED", reason="BREAKER_OPEN")
+        w.home.odd = None
+        wait_for("another try", lambda: w.post(GET, user, body_of(room)).status == 200)
+
+
 # ---- delayed events
 
 def delayed(world, owner, room, after=3_600_000, **over):
@@ -583,11 +604,11 @@ def test_delegation_acts_for_its_owner(world, base, form):
 
 def test_a_delay_is_postponed_while_nobody_has_joined(world):
     user, room = world.user()
-    delay_id = delayed(world, user, room, 1000)
+    delay_id = delayed(world, user, room, 4000)
     assert world.post(DELEGATE, user, body_of(room, delay_id=delay_id)).status == 200
-    got = wait_for("restarts", lambda: len(c := delayed_calls(world, delay_id, "restart")) >= 4 and c)
+    got = wait_for("restarts", lambda: len(c := delayed_calls(world, delay_id, "restart")) >= 3 and c)
     gaps = [b.at - a.at for a, b in zip(got, got[1:])]
-    assert min(gaps) >= 0.75 and not delayed_calls(world, delay_id, "send")
+    assert min(gaps) >= 2 and not delayed_calls(world, delay_id, "send")
     world.home.delayed.pop(delay_id)      # it is gone: nothing is left to do
     world.svc.wait_event("JOB_ENDED", room=alias(room), reason="refused by the homeserver")
 
@@ -731,7 +752,8 @@ def test_tokens_of_one_user_are_bounded():
         assert w.post(GET, user, body_of(room, "m5")).status == 200, "the same again is no more"
         other, _ = w.user(room)
         assert w.post(GET, other, body_of(room)).status == 200
-        assert w.svc.metrics()["lkjwt_participants_watched"] == 33
+        text = w.svc.metrics_text()
+        assert "lkjwt_participants_watched 33\n" in text and len(text) < 60_000, len(text)
         assert w.svc.events("SEATS_FULL")
 
 
@@ -880,7 +902,8 @@ def test_registration_is_printed_and_read_again(peers, tmp_path):
                         LIVEKIT_AS_REGISTRATION_FILE=str(file))) as s:
         assert s.request("POST", PING, "{}", [("Authorization", f"Bearer {tokens[1]}")]).status == 200
     assert run_cli(["--registration"], {}).code == 1
-    assert run_cli(["--registration", "ftp://x"], env).code == 1
+    for bad in ("ftp://x", "ws://x", "lkjwt:8080", "http://a b", ""):
+        assert run_cli(["--registration", bad], env).code == 1, bad
 
 
 # ---- the first contact, and --check
