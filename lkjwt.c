@@ -17748,7 +17748,8 @@ static void check_focus(const struct name *n, int64_t now)
         b.len = 0;
         check_put_url(&b, &check_url);
         check_up = up_open(&c, 0, LIM_UP_CNT, io_now());
-        if (check_up) {
+        ok = check_up != NULL;
+        if (ok) {
             check_run(check_up_over);
             ok = check_focus_answer(check_up, &b);
             up_close(check_up, io_now());

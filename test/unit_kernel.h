@@ -5,6 +5,10 @@
 #include <grp.h>
 #include <sys/prctl.h>
 
+#if !defined SYS_getrlimit && defined SYS_ugetrlimit    /* 32-bit ARM */
+#define SYS_getrlimit SYS_ugetrlimit
+#endif
+
 enum kernel_bit { KB_SETGID = 6, KB_SETUID = 7, KB_SETPCAP = 8,
     KB_SYS_ADMIN = 21, KB_CNT = 41 };
 enum { KERNEL_CHILD = 4242, KERNEL_ABI = 5 };
