@@ -40,8 +40,10 @@ WARN  = -std=c11 -Wall -Wextra -Werror -Wshadow -Wconversion \
 	-Wwrite-strings -Wpointer-arith -Wstrict-prototypes -Wdate-time \
 	-Wmissing-prototypes -Wold-style-definition -Wnull-dereference \
 	-Wformat=2 -Wimplicit-fallthrough -Wframe-larger-than=20480
+# Nothing here unwinds a stack: its tables would be 33 KB of the binary.
 OPT   = -O2 -g $(PIC) -ffunction-sections -fdata-sections \
-	-fno-strict-overflow -fno-delete-null-pointer-checks
+	-fno-strict-overflow -fno-delete-null-pointer-checks \
+	-fno-asynchronous-unwind-tables
 HARD  = -fstack-protector-strong -fstack-clash-protection
 LINK  = -static -Wl,--gc-sections -Wl,-z,noexecstack -Wl,-z,relro \
 	-Wl,-z,now -Wl,-z,separate-code -Wl,--build-id=none
@@ -162,7 +164,10 @@ S1_END = $(CRTN)
 endif
 PACKER = $(if $(filter-out host,$(STAGE1)),$(abspath $(STAGE1)),$\
 	build/stage1/lkjwt)
-COMPILE = $(CC) $(OPT) $(HARD) $(WARN) $(MAP) -isystem $(BINC)
+# Loops that are not aligned cost nothing here, and save 10 KB.
+PACKED  = $(if $(filter %gcc,$(firstword $(CC))),-fno-align-jumps \
+	-fno-align-loops)
+COMPILE = $(CC) $(OPT) $(PACKED) $(HARD) $(WARN) $(MAP) -isystem $(BINC)
 
 build/stage1/lkjwt: $(SRC) $(S1_LIB) build/inc.ok Makefile
 	@echo "  STAGE1  $@"

@@ -12,7 +12,8 @@
  * Settings   the environment; ENV_TAB (24)
  * Endpoints  POST /get_token, /sfu/get, /delegate_delayed_leave and
  *            /sfu_webhook, GET|HEAD /healthz, and GET /metrics on a
- *            listener of its own; route_tab (22)
+ *            listener of its own; those of a homeserver that passes its
+ *            users' requests on; route_tab (22)
  * Told       one line an event on stderr, EVENT_TAB (03); counters (14)
  * Sources    MSC4195, the Matrix server-server API, LiveKit's RoomService
  *            (Twirp v8), the RFCs named where they rule.
@@ -22,9 +23,12 @@
  * reads the JSON; a lookup (18) finds and asks the homeserver through
  * calls (17) that resolve (15), dial and speak TLS (16); exchange_verified
  * decides; a call creates the room (19); jwt_put_join (11) writes the
- * grant; conn_answer replies. One thread, one poll: loop_round (26).
+ * grant; conn_answer replies. One thread, one wait: loop_round (26).
  * A delayed leave that is handed over becomes a job (21): webhooks and
  * look-ups tell it where the participant is, api_step restarts or sends.
+ * Behind a homeserver (MSC4195 as homeserver endpoints) as_begin takes what
+ * that passes on; inq_open (21a) asks it who is in the room, and as_proven
+ * decides; seat_run removes from the SFU who is there no more.
  * With Redis (20) job_store writes it down before the client is answered;
  * rep_step leases shards of the jobs, stream_run reads the webhooks and
  * delegations that other replicas took.
@@ -37,6 +41,7 @@
  *                09 dns      14 metrics    19 livekit         27 main
  *                                          20 redis
  *                                          21 jobs
+ *                                          21a appservice
  *                                          22 server
  * PART I (05-14) is pure: bytes in, values out, no system call, nothing
  * remembered. Foreign bytes are indexed only there. PART II (15-22) holds
@@ -46,7 +51,9 @@
  *
  * Whose bytes, and what they may do
  *   anyone      HTTP and JSON: one bounded lookup at the server it names
- *   homeserver  DNS, TLS, HTTP: accept or refuse its own users
+ *   homeserver  DNS, TLS, HTTP: accept or refuse its own users; with its
+ *               token, as the one behind which we are: who asks, who is
+ *               in which room
  *   nameserver  answers: addresses, which are filtered, then proven by TLS
  *   SFU         replies and signed webhooks: who is in a room
  *   Redis       stored jobs and events, judged as if they came from clients
@@ -59,6 +66,8 @@
  *   hs_judge           that a peer is who it was dialled as        (16)
  *   has_full_access    which servers' users may create rooms       (18)
  *   exchange_verified  room or no room, token or no token          (22)
+ *   as_is_homeserver   that the homeserver says who asks           (22)
+ *   as_proven          room and token to who is in the Matrix room (22)
  *   jwt_put_join       what a join token allows                    (11)
  *   jwt_check_webhook  that a webhook is the SFU's                 (11)
  *
@@ -179,6 +188,11 @@
  *     keep their own retries; an open breaker only delays them.
  *   - Limits per client address are refused without LKJWT_TRUSTED_PROXIES;
  *     IPv6 clients are counted by their /64.
+ *   - Behind a homeserver, a user who is not in the room gets no token, and
+ *     tokens are bounded by the participants watched: who cannot be watched
+ *     is not let in. Who is watched is not stored.
+ *   - A delayed event that the homeserver handed over is restarted while
+ *     nobody has joined for its own delay, or as long as a token lives.
  *   - Of an SFU's error only Twirp's `code` is logged, never its text.
  */
 
@@ -190,6 +204,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -201,6 +216,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -229,6 +245,9 @@ enum {
     LIM_METRICS_CNT  = 4,      /* connections of the metrics listener */
     LIM_SLOT_CNT     = LIM_CONN_CNT + LIM_LANE_CNT + LIM_METRICS_CNT,
     LIM_LISTEN_CNT   = 4,      /* public and metrics, two families each */
+    LIM_READY_CNT    = 512,    /* descriptors served in one round */
+    LIM_FD_CNT       = 4096,   /* descriptors, inherited ones too; a higher */
+                               /* one counts as none free */
     LIM_LINE_LEN     = 4096,   /* request line; real ones < 300 */
     LIM_HEAD_LEN     = 8192,   /* request head; real ones < 1 KB */
     LIM_FIELD_CNT    = 64,     /* header fields of a request */
@@ -271,6 +290,8 @@ enum {
     /* outbound */
     LIM_UP_CNT       = 192,    /* homeserver lookups; LKJWT_LOOKUPS_MAX */
     LIM_SFU_CNT      = 48,     /* rooms created at the SFU, of their own */
+    LIM_AS_CNT       = 24,     /* of them for the homeserver whose */
+                               /* application service we are, if we are */
     LIM_STRANGER_CNT = 96,     /* of them at most for strangers */
     LIM_DEST_CNT     = 16,     /* per server; LKJWT_LOOKUPS_PER_SERVER */
     LIM_DEST_LISTED  = 64,     /* per server the operator named */
@@ -383,6 +404,24 @@ enum {
     LIM_STOP_RESTART_MS = 10000,   /* restarts due by then: before we stop */
     LIM_BUILD_S      = 1795478400, /* a clock before 2026-11-24 is wrong */
 
+    /* application service of a homeserver */
+    LIM_INQ_CNT      = 192,    /* questions for it, waiting ones included */
+    LIM_INQ_MS       = 10000,  /* one of them */
+    LIM_AS_MS        = 25000,  /* a request in all; Synapse waits for 30 s */
+    LIM_MEMBER_CNT   = 2048,   /* answers remembered, 4-way */
+    LIM_MEMBER_MS    = 5000,
+    LIM_AS_TTL_S     = 600,    /* its tokens live so long at most */
+    LIM_SEAT_CNT     = 1024,   /* participants whose membership is watched */
+    LIM_SEAT_USER    = 32,     /* of one user */
+    LIM_SEAT_SERVER  = 256,    /* of one other server; of all half */
+    LIM_PIECE_CNT    = 3072,   /* pieces of their rooms' and users' ids */
+    LIM_PIECE_LEN    = 32,
+    LIM_SEAT_CALLS   = 8,      /* of them looked at, at once */
+    LIM_SEAT_KEPT_MS = 660000, /* LiveKit's own refreshed tokens: 10 min */
+    LIM_SEAT_RETRY_MS = 5000,  /* the SFU or all our slots were busy */
+    LIM_PROBE_MS     = 10000,  /* between two first contacts, doubling */
+    LIM_TOKEN_RELAY  = 8192,   /* another server's token, handed on */
+
     /* certificates */
     LIM_CHAIN_CNT  = 8,        /* certificates taken from a peer */
     LIM_CHAIN_LEN  = 32768,    /* their bytes */
@@ -490,6 +529,7 @@ enum {
     X(API_UNKNOWN,    1413, 'w', \
       "client-server API of the homeserver cannot be found") \
     X(STOP_REFUSED,   1414, 'i', "delegation refused: stopping") \
+    X(BODY_EMPTY,     1415, 'd', "empty body: a client looks what is there") \
     X(QUEUE_FULL,     1501, 'w', \
       "too many requests wait for this homeserver") \
     X(WAIT_TIMEOUT,   1502, 'w', "no lookup slot became free in time") \
@@ -505,6 +545,25 @@ enum {
     X(BREAKER_TRIPPED, 1509, 'w', \
       "destination fails repeatedly: not asked for a while") \
     X(GRANTED,        1601, 'i', "token granted") \
+    X(AS_READY,       1701, 'i', \
+      "the homeserver takes us for its application service") \
+    X(AS_LACKS,       1702, 'w', \
+      "the homeserver lacks what the application-service mode needs") \
+    X(AS_TOKEN_BAD,   1703, 'w', "request without the homeserver's token") \
+    X(AS_IDENTITY_BAD, 1704, 'w', \
+      "user or server header missing, repeated or malformed") \
+    X(AS_FOREIGN,     1705, 'w', "user is not of the server that asks") \
+    X(AS_URL,         1706, 'i', "asked for an SFU that is not ours") \
+    X(NOT_JOINED,     1707, 'i', "not joined to the room") \
+    X(AS_CALL_FAILED, 1708, 'w', \
+      "the homeserver does not answer as an application service needs") \
+    X(RELAY_REFUSED,  1709, 'i', "the other homeserver grants no token") \
+    X(RELAY_FAILED,   1710, 'w', "no usable answer of the other homeserver") \
+    X(RELAYED,        1711, 'i', "token of another homeserver handed on") \
+    X(DELAY_UNKNOWN,  1712, 'i', "no such delayed event of this user") \
+    X(SEATS_FULL,     1713, 'w', "too many tokens are outstanding") \
+    X(SEAT_REMOVED,   1714, 'i', \
+      "removed from the SFU: its user is not in the room any more") \
     X(NAME_BAD,       2001, 'i', "malformed server name") \
     X(SERVER_DENIED,  2002, 'i', "server name is blocked or not allowed") \
     X(TOKEN_BAD,      2003, 'i', \
@@ -636,6 +695,14 @@ static const struct event_row {
       "Too many delegated delayed events") \
     X(STOPPING,     503, "M_UNKNOWN",        "Service is shutting down") \
     X(SFU,          500, "M_UNKNOWN",        "Unable to create room on SFU") \
+    X(NO_TOKEN,     401, "M_MISSING_TOKEN",  "Missing access token") \
+    X(WRONG_TOKEN,  401, "M_UNKNOWN_TOKEN",  "Unknown access token") \
+    X(BAD_PARAM,    400, "M_INVALID_PARAM",  "Invalid parameter") \
+    X(NOT_ALLOWED,  403, "M_FORBIDDEN",      "Not joined to the room") \
+    X(UPSTREAM,     502, "M_UNKNOWN", \
+      "The homeserver did not answer as needed") \
+    X(NO_DELAY,     503, "M_UNKNOWN", \
+      "The delayed event could not be looked up") \
     X(BUSY,         503, "M_UNKNOWN",        "Too many connections") \
     X(INTERNAL,     500, "M_UNKNOWN",        "Internal Server Error")
 
@@ -687,7 +754,8 @@ struct url {
 enum js_type { JS_ANY, JS_STRING, JS_INT, JS_OBJECT,
     JS_TEXT,                 /* a string, or a number's text */
     JS_SECONDS,              /* a number, fraction dropped; no exponent */
-    JS_FLAG };               /* true or false, to a bool */
+    JS_FLAG,                 /* true or false, to a bool */
+    JS_TRUTH };              /* the same, to an int8_t: it may be absent */
 struct js_int { int64_t v; bool is_set, over; };
 struct js_table;
 struct js_field {
@@ -719,7 +787,7 @@ enum class { CLASS_STRANGER, CLASS_LISTED, CLASS_OPERATOR };
 /* Kinds of objects that the loop drives; rows of dispatch_tab. */
 enum kind { KIND_LISTEN, KIND_CONN, KIND_EXCHANGE, KIND_LOOKUP, KIND_UP,
     KIND_TRY, KIND_CHAN, KIND_QUERY, KIND_JOB, KIND_API, KIND_REDIS,
-    KIND_REPLICA, KIND_SIGNAL, KIND_CNT };
+    KIND_REPLICA, KIND_INQUIRY, KIND_SEAT, KIND_SIGNAL, KIND_CNT };
 
 struct trust {
     enum class class;
@@ -803,6 +871,12 @@ struct cfg {
     int64_t conns_per_addr, tls_cold_per_s, breaker;     /* 0: off */
     bool has_redis;
     struct redis_url redis;
+    bool has_as;                     /* the homeserver of hs_name may ask */
+    bool only_as;                    /* and nobody else, by OpenID tokens */
+    struct name hs_name;
+    sl as_id, sec_as_token;
+    uint8_t hs_token_sum[32];        /* SHA-256: the token is not kept */
+    int64_t member_ms;               /* membership is checked; 0: it is not */
 };
 
 /* ==== 05 BYTES ===================== PART I: PURE =====================
@@ -811,9 +885,10 @@ struct cfg {
  * INV-B1   A builder that overflowed yields nothing at all.
  */
 
-#define SL(s) ((sl){ (const uint8_t *)(s), sizeof(s) - 1 })
+#define SL_INIT(s) { (const uint8_t *)(s), sizeof(s) - 1 }
+#define SL(s) ((sl)SL_INIT(s))
 
-static sl sl_str(const char *s)
+static inline sl sl_str(const char *s)
 {
     return (sl){ (const uint8_t *)s, s ? strlen(s) : 0 };
 }
@@ -866,12 +941,17 @@ static size_t sl_find(sl s, uint8_t c)
     return at ? (size_t)(at - s.p) : s.len;
 }
 
+static bool is_blank(uint8_t c)
+{
+    return c == ' ' || c == '\t' || c == '\r' || c == '\n';
+}
+
 /* s without blanks, tabs, CR and LF at both ends. */
 static sl sl_trim(sl s)
 {
-    while (s.len && strchr(" \t\r\n", s.p[0]) && s.p[0])
+    while (s.len && is_blank(s.p[0]))
         s = sl_skip(s, 1);
-    while (s.len && s.p[s.len - 1] && strchr(" \t\r\n", s.p[s.len - 1]))
+    while (s.len && is_blank(s.p[s.len - 1]))
         s.len--;
     return s;
 }
@@ -917,10 +997,14 @@ static void bb_put(struct bb *b, sl s)
 
 static void bb_byte(struct bb *b, uint8_t c)
 {
-    bb_put(b, (sl){ &c, 1 });
+    b->over |= b->len == b->cap;
+    if (!b->over)
+        b->p[b->len++] = c;
 }
 
-static void bb_str(struct bb *b, const char *s)
+/* Inlined, so that the length of a literal costs nothing. */
+static inline __attribute__((always_inline)) void bb_str(struct bb *b,
+    const char *s)
 {
     bb_put(b, sl_str(s));
 }
@@ -959,6 +1043,11 @@ static uint16_t be16(const uint8_t *p)
 static uint32_t be32(const uint8_t *p)
 {
     return (uint32_t)be16(p) << 16 | be16(p + 2);
+}
+
+static uint64_t be64(const uint8_t *p)
+{
+    return (uint64_t)be32(p) << 32 | be32(p + 4);
 }
 
 static void sha256(sl s, uint8_t out[32])
@@ -1018,16 +1107,27 @@ static const char b64_url[] =
 /* Append unpadded base64 of s (RFC 4648) in the given alphabet. */
 static void b64_put(struct bb *b, const char *alphabet, sl s)
 {
-    for (size_t i = 0; i < s.len; i += 3) {
-        size_t n = s.len - i < 3 ? s.len - i : 3;
-        uint32_t v = (uint32_t)s.p[i] << 16
-            | (n > 1 ? (uint32_t)s.p[i + 1] << 8 : 0)
-            | (n > 2 ? (uint32_t)s.p[i + 2] : 0);
-        uint8_t q[4];
-        for (int k = 0; k < 4; k++)
-            q[k] = (uint8_t)alphabet[v >> (18 - 6 * k) & 63];
-        bb_put(b, (sl){ q, n + 1 });
+    size_t need = s.len / 3 * 4 + (s.len % 3 ? s.len % 3 + 1 : 0);
+    b->over |= need > b->cap - b->len;
+    if (b->over)
+        return;
+    uint8_t *to = b->p + b->len;
+    b->len += need;
+    for (; s.len >= 3; s = sl_skip(s, 3)) {
+        uint32_t v = (uint32_t)be16(s.p) << 8 | s.p[2];
+        *to++ = (uint8_t)alphabet[v >> 18];
+        *to++ = (uint8_t)alphabet[v >> 12 & 63];
+        *to++ = (uint8_t)alphabet[v >> 6 & 63];
+        *to++ = (uint8_t)alphabet[v & 63];
     }
+    if (s.len == 0)
+        return;
+    uint32_t v = (uint32_t)s.p[0] << 16
+        | (s.len > 1 ? (uint32_t)s.p[1] << 8 : 0);
+    *to++ = (uint8_t)alphabet[v >> 18];
+    *to++ = (uint8_t)alphabet[v >> 12 & 63];
+    if (s.len > 1)
+        *to++ = (uint8_t)alphabet[v >> 6 & 63];
 }
 
 /* Value of one base64 character of either alphabet, 64 if it is none. */
@@ -1108,6 +1208,16 @@ static bool is_alnum(uint8_t c)
 {
     return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z')
         || (c >= 'a' && c <= 'z');
+}
+
+/* How many bytes at the front are printable ASCII that no quoting touches. */
+static size_t plain_run(sl s)
+{
+    size_t n = 0;
+    while (n < s.len && s.p[n] >= 0x20 && s.p[n] < 0x7f && s.p[n] != '"'
+           && s.p[n] != '\\')
+        n++;
+    return n;
 }
 
 /* RFC 3986 section 2.3: the bytes that need no percent-encoding. */
@@ -1519,7 +1629,7 @@ struct js {
 
 static void js_blank(struct js *j)
 {
-    while (j->pos < j->len && j->p[j->pos] && strchr(" \t\r\n", j->p[j->pos]))
+    while (j->pos < j->len && is_blank(j->p[j->pos]))
         j->pos++;
 }
 
@@ -1828,6 +1938,8 @@ MUST_USE static int js_value(struct js *j, const struct js_field *f,
     }
     if (want == JS_FLAG && (c == 't' || c == 'f'))
         *(bool *)((uint8_t *)base + f->offset) = c == 't';
+    else if (want == JS_TRUTH && (c == 't' || c == 'f'))
+        *(int8_t *)((uint8_t *)base + f->offset) = c == 't';
     else if (want != JS_ANY && (c == '[' || c == 't' || c == 'f'))
         return -EV_JSON_TYPE;
     if (c == '[')
@@ -1903,8 +2015,17 @@ static void js_put_str(struct bb *b, sl s, bool ascii)
     bb_byte(b, '"');
     while (s.len) {
         uint32_t cp;
-        size_t n = utf8_next(s, &cp);
+        size_t n = plain_run(s);
         const char *hit;
+        for (size_t i = 0; ascii && i < n; i++)
+            if (s.p[i] == '>' || s.p[i] == '?' || s.p[i] == '~')
+                n = i;
+        if (n) {
+            bb_put(b, (sl){ s.p, n });
+            s = sl_skip(s, n);
+            continue;
+        }
+        n = utf8_next(s, &cp);
         if (n == 0) {                     /* callers pass checked text */
             b->over = true;
             return;
@@ -1953,7 +2074,9 @@ static void js_put_str(struct bb *b, sl s, bool ascii)
     X(CACHE_CONTROL, "cache-control") \
     X(EXPIRES, "expires") \
     X(CONTENT_ENCODING, "content-encoding") \
-    X(FORWARDED_FOR, "x-forwarded-for")
+    X(FORWARDED_FOR, "x-forwarded-for") \
+    X(MATRIX_USER, "x-matrix-user-identifier") \
+    X(MATRIX_ORIGIN, "x-matrix-origin")
 
 enum h1_field {
 #define X(name, text) H1_##name,
@@ -1961,8 +2084,8 @@ enum h1_field {
 #undef X
     H1_FIELD_CNT
 };
-static const char *const h1_field_tab[H1_FIELD_CNT] = {
-#define X(name, text) [H1_##name] = text,
+static const sl h1_field_tab[H1_FIELD_CNT] = {
+#define X(name, text) [H1_##name] = SL_INIT(text),
     H1_FIELD_TAB(X)
 #undef X
 };
@@ -2008,8 +2131,8 @@ static sl h1_get(sl in, const struct h1_head *h, enum h1_field f)
 static bool h1_is_token(sl s)
 {
     for (size_t i = 0; i < s.len; i++)
-        if (!is_alnum(s.p[i])
-            && (s.p[i] == 0 || !strchr("!#$%&'*+-.^_`|~", s.p[i])))
+        if (!is_alnum(s.p[i]) && s.p[i] != '-'
+            && (s.p[i] == 0 || !strchr("!#$%&'*+.^_`|~", s.p[i])))
             return false;
     return s.len > 0;
 }
@@ -2142,7 +2265,7 @@ MUST_USE static int h1_parse_field(sl in, sl line_raw, struct h1_head *h)
     if (sl_ieq(name, SL("connection")))
         h1_connection(value, h);
     for (int f = 0; f < H1_FIELD_CNT; f++)
-        if (sl_ieq(name, sl_str(h1_field_tab[f]))) {
+        if (sl_ieq(name, h1_field_tab[f])) {
             h->seen[f] = (uint8_t)(h->seen[f] + 1);
             h->field[f] = h1_span(in, value);
         }
@@ -3625,6 +3748,99 @@ MUST_USE static int cf_key_line(sl line, sl *key, sl *secret)
         && sl_find(*secret, ':') == secret->len ? 1 : -1;
 }
 
+/* One scalar of a YAML file, as far as we read YAML: plain, or in quotes
+ * without escapes; a comment may follow. False: something else. */
+MUST_USE static bool cf_yaml_scalar(sl s_raw, sl *out)
+{
+    s_raw = sl_trim(s_raw);
+    uint8_t q = s_raw.len ? s_raw.p[0] : 0;
+    if (q == '"' || q == '\'') {
+        size_t n = sl_find(sl_skip(s_raw, 1), q);
+        sl rest = sl_skip(s_raw, n + 2), tail = sl_trim(rest);
+        *out = (sl){ s_raw.p + 1, n };
+        return n + 2 <= s_raw.len && (q == '\'' || sl_find(*out, '\\') == n)
+            && (tail.len == 0 || (tail.p[0] == '#' && rest.p != tail.p));
+    }
+    *out = s_raw;
+    for (size_t i = 0; i < s_raw.len; i++) {
+        bool blank = i == 0 || s_raw.p[i - 1] == ' ';
+        if (s_raw.p[i] == '#' && blank) {
+            *out = sl_trim((sl){ s_raw.p, i });
+            break;
+        }
+        if (s_raw.p[i] < 0x20 || s_raw.p[i] > 0x7e || (s_raw.p[i] == ':'
+                && (i + 1 == s_raw.len || s_raw.p[i + 1] == ' ')))
+            return false;
+    }
+    return out->len == 0 || (!strchr("[]{},&*!|>%@`", out->p[0])
+        && !(strchr("-?:", out->p[0]) && (out->len == 1
+                                          || out->p[1] == ' ')));
+}
+
+/* What we read of a registration (YAML): three strings of its top level. */
+struct registration { sl id, as_token, hs_token; };
+
+/* Read one. A line is blank, a comment, `key: scalar`, or deeper in what an
+ * empty `key:` began: `- scalar` or `key: scalar` in any depth. For other
+ * keys than ours a scalar may be a list or map in brackets on its line.
+ * Returns  0, or the number of the first line that is something else. */
+MUST_USE static unsigned cf_registration(sl text, struct registration *r)
+{
+    const struct { sl key; sl *to; } tab[] = { { SL("id"), &r->id },
+        { SL("as_token"), &r->as_token }, { SL("hs_token"), &r->hs_token } };
+    bool is_open = false;                /* deeper lines may follow */
+    memset(r, 0, sizeof *r);
+    for (unsigned number = 1; text.len; number++) {
+        size_t n = sl_find(text, '\n'), in = 0, cut = 0;
+        sl line = { text.p, n }, value;
+        text = sl_skip(text, n + 1);
+        if (sl_ends(line, SL("\r")))
+            line.len--;
+        while (in < line.len && line.p[in] == ' ')
+            in++;
+        sl rest = sl_skip(line, in);
+        if (rest.len == 0 || rest.p[0] == '#'
+            || (number == 1 && sl_eq(line, SL("---"))))
+            continue;
+        bool is_item = sl_starts(rest, SL("- "));
+        while (sl_starts(rest, SL("- ")))
+            rest = sl_trim(sl_skip(rest, 2));
+        while (cut < rest.len && (is_alnum(rest.p[cut])
+                   || strchr("_.-", rest.p[cut])))
+            cut++;
+        sl key = { rest.p, cut }, tail = sl_skip(rest, cut + 1);
+        bool is_pair = cut > 0 && cut < rest.len && rest.p[cut] == ':'
+            && (tail.len == 0 || tail.p[0] == ' ');
+        sl plain = sl_trim(is_pair ? tail : rest);
+        bool is_flow = (sl_starts(plain, SL("[")) && sl_ends(plain, SL("]")))
+            || (sl_starts(plain, SL("{")) && sl_ends(plain, SL("}")));
+        if (((in > 0 || is_item) && !is_open) || (!is_pair && !is_item)
+            || (!is_flow && !cf_yaml_scalar(plain, &value)))
+            return number;
+        if (in > 0 || is_item)
+            continue;
+        is_open = plain.len == 0;
+        for (size_t i = 0; i < COUNT_OF(tab); i++)
+            if (sl_eq(key, tab[i].key)) {
+                bool is_null = value.p == plain.p && (sl_eq(value, SL("null"))
+                    || sl_eq(value, SL("~")));
+                if (tab[i].to->p || is_flow || is_null || value.len == 0)
+                    return number;
+                *tab[i].to = value;
+            }
+    }
+    return 0;
+}
+
+/* Whether a token can stand in a header: no blank, control or non-ASCII. */
+static bool cf_token_check(sl s_raw)
+{
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (s_raw.p[i] < 0x21 || s_raw.p[i] > 0x7e)
+            return false;
+    return s_raw.len > 0 && s_raw.len <= LIM_OTHER_LEN;
+}
+
 /* CreateRoomRequest: name 1, empty_timeout 2 = 300 s, departure_timeout
  * 10 = 20 s (PROTOCOL section 11). The alias is HASH_NAME_LEN bytes. */
 static void pb_create_room(struct bb *b, sl alias)
@@ -3939,14 +4155,14 @@ static void bb_moment_ms(struct bb *b, int64_t wall_ms)
 }
 
 /* A delegated leave as it is stored (PROTOCOL section 12): field and value
- * of the hash lk-jwt:jobs. The last three are ours: readers that do not
+ * of the hash lk-jwt:jobs. The last five are ours: readers that do not
  * know them pass over them. */
 struct record {
     sl delay_id, server, alias, identity;
     int64_t timeout_ms;              /* 0 or less: expired */
     int64_t restarted_s;             /* unix time */
     uint32_t restarted_ns;
-    sl identity2, sid;
+    sl identity2, sid, owner;        /* owner: of an application service */
     bool is_connected;
     int64_t delegated_ms;            /* unix time; written if it differs */
 };
@@ -3970,6 +4186,7 @@ static void rec_put(struct bb *b, const struct record *r)
         { ",\"LiveKitRoom\":", r->alias },
         { ",\"LiveKitIdentity\":", r->identity },
         { ",\"LiveKitIdentity2\":", r->identity2 },
+        { ",\"Owner\":", r->owner },
         { r->is_connected ? ",\"Connected\":true,\"Sid\":" : ",\"Sid\":",
           r->sid } };
     for (size_t i = 0; i < COUNT_OF(part); i++) {
@@ -4004,6 +4221,7 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
 {
     struct raw {
         sl delay_id, server, alias, identity, identity2, sid, at, delegated;
+        sl owner;
         struct js_int timeout;
         bool connected;
     } v = { .connected = false };
@@ -4016,6 +4234,7 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
         { "LiveKitIdentity", JS_STRING, AT(identity), NULL },
         { "LiveKitIdentity2", JS_STRING, AT(identity2), NULL },
         { "Sid", JS_STRING, AT(sid), NULL },
+        { "Owner", JS_STRING, AT(owner), NULL },
         { "DelegatedAt", JS_STRING, AT(delegated), NULL },
         { "Connected", JS_FLAG, AT(connected), NULL } };
     static const struct js_table param = { param_field,
@@ -4047,6 +4266,8 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
         return "ServerName";
     if (v.sid.len > LIM_SID_LEN)
         return "Sid";
+    if (v.owner.len && (v.identity2.len || !user_check(v.owner, v.server)))
+        return "Owner";
     if (!rfc3339_parse(v.at, &r->restarted_s, &r->restarted_ns))
         return "RestartedAt";
     r->delegated_ms = 0;
@@ -4064,6 +4285,7 @@ MUST_USE static const char *rec_parse(uint8_t *field_raw, size_t field_len,
     r->identity = identity;
     r->identity2 = v.identity2;
     r->sid = v.sid;
+    r->owner = v.owner;
     r->is_connected = v.connected;
     int64_t t = v.timeout.v <= 0 ? 0 : v.timeout.v / 1000000;
     r->timeout_ms = v.timeout.v <= 0 ? 0 : t < LIM_DELAY_MIN_MS
@@ -4229,6 +4451,10 @@ static void log_put_value(struct bb *b, sl s, bool json)
     if (cut)
         s.len = 256;
     for (; s.len; s = sl_skip(s, n)) {
+        if ((n = plain_run(s)) > 0) {
+            bb_put(b, (sl){ s.p, n });
+            continue;
+        }
         static const char hex[] = "0123456789abcdef";
         static const char from[] = "\"\\\n\r\t", to[] = "\"\\nrt";
         uint32_t cp = 0;
@@ -4275,16 +4501,18 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
 
 #define ROUTE_LABEL_TAB(X) \
     X(GET_TOKEN, "/get_token") X(SFU_GET, "/sfu/get") \
-    X(DELEGATE, "/delegate_delayed_leave") X(WEBHOOK, "/sfu_webhook") \
-    X(HEALTHZ, "/healthz") X(METRICS, "/metrics") X(OTHER, "other")
+    X(DELEGATE, "/delegate_delayed_leave") X(AS_CLIENT, "as_get_token") \
+    X(AS_SERVER, "as_federation_get_token") X(AS_DELEGATE, "as_delegate") \
+    X(WEBHOOK, "/sfu_webhook") X(HEALTHZ, "/healthz") \
+    X(METRICS, "/metrics") X(AS_PING, "as_ping") X(OTHER, "other")
 #define CODE_TAB(X) \
     X(200) X(400) X(401) X(403) X(404) X(405) X(408) X(413) X(414) \
     X(417) X(429) \
-    X(431) X(500) X(501) X(503) X(505)
+    X(431) X(500) X(501) X(502) X(503) X(505)
 #define TARGET_TAB(X) \
     X(WELL_KNOWN, "well_known") X(USERINFO, "userinfo") X(SFU, "sfu") \
     X(CLIENT_API, "client_api") X(DELAYED_EVENT, "delayed_event") \
-    X(DNS, "dns") X(REDIS, "redis")
+    X(DNS, "dns") X(REDIS, "redis") X(HOMESERVER, "homeserver")
 #define GAUGE_TAB(X) \
     X(CONNECTIONS, "lkjwt_connections", "Client connections open.") \
     X(EXCHANGES, "lkjwt_exchanges", "Token requests in progress.") \
@@ -4296,6 +4524,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(JOBS, "lkjwt_delayed_leaves", "Delegated leaves held.") \
     X(CONNECTED, "lkjwt_delayed_leaves_connected", \
       "Of them, participants connected.") \
+    X(SEATS, "lkjwt_participants_watched", \
+      "Participants whose membership in the Matrix room is checked.") \
     X(REDIS, "lkjwt_redis_up", "1 while Redis answers.") \
     X(UNSAVED, "lkjwt_redis_unsaved", \
       "Delegated leaves whose record is not yet written or deleted.") \
@@ -4308,8 +4538,8 @@ static void log_put(struct bb *b, const char *key, sl value, bool json)
     X(STOPPING, "lkjwt_stopping", "1 from SIGTERM to the end.")
 
 #define JAIL_LAYER_TAB(X) \
-    X(CORE, "core") X(IDS, "ids") X(PRIVS, "privs") X(DUMP, "dump") \
-    X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
+    X(CORE, "core") X(IDS, "ids") X(CAPS, "caps") X(PRIVS, "privs") \
+    X(DUMP, "dump") X(LANDLOCK, "landlock") X(SECCOMP, "seccomp")
 
 enum jail_layer {
 #define X(name, text) JL_##name,
@@ -4594,6 +4824,7 @@ static const struct resolv *io_resolv(void);
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline);
 static void loop_wake(enum kind kind, size_t idx);
+static void loop_closed(int fd);                 /* it is about to be */
 
 /* Set by SIGTERM: 1 lame duck, 2 draining. */
 static int srv_stopping;
@@ -4635,11 +4866,14 @@ static const char *log_level_name(char level)
         : level == 'i' ? "info" : "debug";
 }
 
+static int level_rank(char level)
+{
+    return level == 'e' ? 0 : level == 'w' ? 1 : level == 'd' ? 3 : 2;
+}
+
 static bool log_wanted(enum event ev)
 {
-    static const char order[] = "ewid";
-    return strchr(order, event_tab[ev].level)
-        <= strchr(order, cfg.log_level ? cfg.log_level : 'i');
+    return level_rank(event_tab[ev].level) <= level_rank(cfg.log_level);
 }
 
 /* Count an event and write its line. Pairs end at a NULL key; empty values
@@ -5620,6 +5854,7 @@ static struct chan {
     unsigned anchor_gen;                /* anchors in force at its start */
     size_t out_off, out_len;            /* plain: what chan_io holds */
 } chan_pool[LIM_CHAN_CNT];
+static size_t chan_idle_cnt;         /* in CHAN_IDLE */
 static br_ssl_client_context chan_tls[LIM_CHAN_CNT];
 static uint8_t chan_io[LIM_CHAN_CNT][BR_SSL_BUFSIZE_MONO];
 
@@ -5675,6 +5910,7 @@ static void chan_close(struct chan *ch)
 {
     if (ch->state == CHAN_FREE)
         return;
+    chan_idle_cnt -= ch->state == CHAN_IDLE;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), -1, 0, INT64_MAX);
     if (ch->is_up)
         chan_say_goodbye(ch);
@@ -5691,14 +5927,15 @@ static void chan_close(struct chan *ch)
 static void chan_close_oldest(size_t cnt)
 {
     struct chan *oldest = NULL;
-    size_t idle = 0;
-    for (size_t i = 0; i < LIM_CHAN_CNT; i++)
+    if (chan_idle_cnt < cnt)
+        return;
+    for (size_t i = 0, left = chan_idle_cnt; left && i < LIM_CHAN_CNT; i++)
         if (chan_pool[i].state == CHAN_IDLE) {
-            idle++;
+            left--;
             if (!oldest || chan_pool[i].idle_until < oldest->idle_until)
                 oldest = &chan_pool[i];
         }
-    if (oldest && idle >= cnt)
+    if (oldest)
         chan_close(oldest);
 }
 
@@ -5715,6 +5952,7 @@ static void chan_keep(struct chan *ch, int64_t now)
     }
     chan_close_oldest(LIM_IDLE_CNT);
     ch->state = CHAN_IDLE;
+    chan_idle_cnt++;
     ch->idle_until = now + LIM_KEPT_MS;
     loop_set(KIND_CHAN, (size_t)(ch - chan_pool), ch->fd, POLLIN,
         ch->idle_until);
@@ -5734,15 +5972,19 @@ static enum step chan_step(size_t idx, int revents, int64_t now)
 static struct chan *chan_reuse(const uint8_t key[16], const struct trust *t)
 {
     struct chan *best = NULL;
-    for (size_t i = 0; i < LIM_CHAN_CNT; i++) {
+    for (size_t i = 0, left = chan_idle_cnt; left && i < LIM_CHAN_CNT; i++) {
         struct chan *ch = &chan_pool[i];
-        if (ch->state == CHAN_IDLE && memcmp(ch->key, key, 16) == 0
-            && net_allowed(&ch->addr, t)
-            && (!best || ch->idle_until > best->idle_until))
+        left -= ch->state == CHAN_IDLE;
+        if (ch->state == CHAN_IDLE
+            && (!best || ch->idle_until > best->idle_until)
+            && memcmp(ch->key, key, 16) == 0)
             best = ch;
     }
+    if (best && !net_allowed(&best->addr, t))
+        return NULL;
     if (best) {
         best->state = CHAN_BUSY;
+        chan_idle_cnt--;
         loop_set(KIND_CHAN, (size_t)(best - chan_pool), -1, 0, INT64_MAX);
         met.reused++;
     }
@@ -6064,9 +6306,9 @@ static struct memo known_cache[LIM_KNOWN_CNT], room_cache[LIM_ROOM_CNT];
 static uint64_t memo_key(char kind, sl name)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, { (const uint8_t *)&kind, 1 }, name };
+    sl part[] = { { sec_boot, 16 }, { (const uint8_t *)&kind, 1 }, name };
     hash_parts(part, 3, sum);
-    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+    return be64(sum);
 }
 
 /* The entry of a key, or NULL. */
@@ -6144,6 +6386,12 @@ static enum verdict peer_verdict(enum event why)
     return num < event_tab[EV_DNS_NONE].num || num >= 2600
         || why == EV_DNS_FULL || why == EV_SSRF_DENIED || why == EV_CHAN_FULL
         ? PEER_UNASKED : PEER_FAILED;
+}
+
+/* Whether a call was given up for a limit of ours, and may do better. */
+static bool up_was_held(enum event why)
+{
+    return why == EV_TLS_BUDGET || why == EV_WAIT_TIMEOUT;
 }
 
 static bool breaker_is_open(const struct memo *b, int64_t now)
@@ -7097,7 +7345,7 @@ struct lookup {
 static struct lookup lookup_pool[LIM_UP_CNT];
 
 /* What is counted of them before one more begins. */
-static struct { uint64_t dest; bool is_used; } lookup_hot[LIM_UP_CNT];
+static struct { uint64_t dest, tail; bool is_used; } lookup_hot[LIM_UP_CNT];
 static int64_t lookup_active, lookup_strangers, lookup_unknown;
 
 /* Where --check wants to see each step; unset while serving. */
@@ -7214,6 +7462,7 @@ static const struct override *override_find(const struct override *tab,
 static bool name_is_listed(sl whole)
 {
     return name_in(whole, cfg.full_access, cfg.full_access_cnt)
+        || (cfg.has_as && sl_eq(whole, cfg.hs_name.whole))
         || override_find(cfg.fed, cfg.fed_cnt, whole)
         || override_find(cfg.cs, cfg.cs_cnt, whole);
 }
@@ -7241,11 +7490,12 @@ static void lookup_report(const struct lookup *l, enum event why)
 {
     enum verdict v = why == EV_NONE ? PEER_OK : peer_verdict(why);
     v = v == PEER_FAILED && l->is_late ? PEER_UNASKED : v;
+    int64_t now = io_now();
     struct memo *b = l->is_client ? NULL : v == PEER_FAILED
-        ? memo_make(breaker_cache, LIM_BREAKER_CNT, l->dest, 0)
+        ? memo_make(breaker_cache, LIM_BREAKER_CNT, l->dest, now)
         : memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
     if (b)
-        breaker_report(b, l->trust.class, v, l->name.whole, io_now());
+        breaker_report(b, l->trust.class, v, l->name.whole, now);
 }
 
 static void lookup_fail(struct lookup *l, enum event why, const char *step)
@@ -7253,7 +7503,7 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
     uint8_t addr[64], num[20];
     if (l->state == L_WELL_KNOWN && !l->is_client)   /* nobody shall wait */
         wk_finish(l, (sl){ NULL, 0 },
-            why == EV_TLS_BUDGET ? INT64_MIN : 0, true, io_now());
+            up_was_held(why) ? INT64_MIN : 0, true, io_now());
     if (why != EV_BREAKER_OPEN)
         lookup_report(l, why);
     bool has_addr = l->up && l->up->has_addr;
@@ -7620,14 +7870,14 @@ static void lookup_redirect(struct lookup *l, int64_t now)
     lookup_fetch(l, now);
 }
 
-/* The well-known had no turn for its handshake: an old delegation serves,
- * and nothing is remembered. */
+/* The well-known had no turn, for its address or its handshake: an old
+ * delegation serves, and nothing is remembered. */
 static void lookup_no_turn(struct lookup *l, int64_t now)
 {
     struct wk *w = l->is_client ? NULL : wk_slot(l->name.whole, now);
     l->is_passing = true;
     if (!w || w->len == 0 || w->good_until <= now) {
-        lookup_fail(l, EV_TLS_BUDGET, "tls");
+        lookup_fail(l, l->up->why, l->up->step);
         return;
     }
     wk_finish(l, (sl){ NULL, 0 }, INT64_MIN, true, now);
@@ -7650,7 +7900,7 @@ static void lookup_step_wk(struct lookup *l, int64_t now)
     struct up *u = l->up;
     sl dn = { NULL, 0 };
     struct name n;
-    if (u->state == UP_FAILED && u->why == EV_TLS_BUDGET) {
+    if (u->state == UP_FAILED && up_was_held(u->why)) {
         lookup_no_turn(l, now);
         return;
     }
@@ -7732,7 +7982,7 @@ static void lookup_call_failed(struct lookup *l, int64_t now)
 {
     struct up *u = l->up;
     bool unreachable = strcmp(u->step, "http") != 0
-        && u->why != EV_TLS_BUDGET;
+        && !up_was_held(u->why);
     l->dial_cnt += u->dial_cnt;
     if (unreachable && l->target_next + 1 < l->target_cnt
         && l->dial_cnt < LIM_TRY_CNT) {
@@ -7841,15 +8091,31 @@ static bool dest_is_known(uint64_t dest, int64_t now)
     return memo_holds(known_cache, LIM_KNOWN_CNT, dest, now);
 }
 
-/* Whether another lookup of this server may start now. */
-static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+/* The same, its server's own cap included. */
+static bool lookup_has_slot(uint64_t dest, bool is_listed, bool is_known)
 {
     int64_t same = 0, cap = is_listed ? LIM_DEST_LISTED
         : cfg.is_open ? LIM_DEST_OPEN : cfg.lookups_per_server;
-    for (size_t i = 0; i < LIM_UP_CNT; i++)
+    if (!lookup_has_room(is_listed, is_known))
+        return false;
+    int64_t left = lookup_active;
+    for (size_t i = 0; left && i < LIM_UP_CNT; i++) {
+        left -= lookup_hot[i].is_used;
         same += lookup_hot[i].is_used && lookup_hot[i].dest == dest;
-    return same < cap
-        && lookup_has_room(is_listed, dest_is_known(dest, now));
+    }
+    return same < cap;
+}
+
+/* Whether another lookup of this server may start now. */
+static bool lookup_may_open(uint64_t dest, bool is_listed, int64_t now)
+{
+    return lookup_has_slot(dest, is_listed, dest_is_known(dest, now));
+}
+
+/* What tells most tokens apart: their last bytes. */
+static uint64_t token_tail(sl token)
+{
+    return token.len < 8 ? token.len : be64(token.p + token.len - 8);
 }
 
 /* Count a lookup that begins, 1, or has ended, -1. */
@@ -7899,6 +8165,7 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
     if (!l)
         return NULL;
     l->token = token;
+    lookup_hot[lookup_idx(l)].tail = token_tail(token);
     l->req = req;
     l->over = override_find(cfg.fed, cfg.fed_cnt, l->name.whole);
     struct memo *b = memo_find(breaker_cache, LIM_BREAKER_CNT, l->dest);
@@ -7973,8 +8240,9 @@ static size_t api_idx(const struct api *a)
     return (size_t)(a - api_pool);
 }
 
-/* Take a base URL; http only where the server is the operator's. One that
- * differs is not taken while calls are out: they were made for the old. */
+/* Take a base URL; http only where the server is the operator's, and never
+ * where our token goes. One that differs is not taken while calls are out:
+ * they were made for the old. */
 MUST_USE static bool api_take_url(struct api *a, const struct lookup *l)
 {
     sl text = l->user;
@@ -7984,7 +8252,9 @@ MUST_USE static bool api_take_url(struct api *a, const struct lookup *l)
         || !name_parse(url.name.whole, &n) || !host_is_public(l, &url.name))
         return false;
     bool http = sl_ieq(url.scheme, SL("http"));
-    if (!sl_ieq(url.scheme, SL("https")) && !(http && l->is_listed))
+    bool is_ours = cfg.has_as && sl_eq(l->name.whole, cfg.hs_name.whole);
+    if (!sl_ieq(url.scheme, SL("https"))
+        && !(http && l->is_listed && !is_ours))
         return false;
     bool same = a->state == API_OK
         && sl_eq(text, (sl){ a->text, a->text_len });
@@ -8077,27 +8347,87 @@ static void api_resolved(struct api *a, int64_t now)
     a->lookup = NULL;
 }
 
+/* A call of an API whose base URL is known. */
+static struct up_call api_call(struct api *a, enum kind owner, size_t idx,
+    enum target_label label, int64_t end)
+{
+    struct up_call c = { .owner = owner, .owner_idx = (uint16_t)idx,
+        .label = label, .trust = a->trust, .is_tls = a->is_tls,
+        .host = a->url.name.host, .port = a->port,
+        .cert_name = a->url.name.host, .reply_cap = LIM_RPC_LEN, .end = end,
+        .is_known = true, .breaker = &a->breaker,
+        .server = { a->name, a->name_len } };
+    c.search = a->trust.class == CLASS_OPERATOR
+        || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
+    return c;
+}
+
+/* Append the fields of a request that every call of an API has, and, for
+ * the homeserver whose application service we are, our token; then the end
+ * of the head, and the body of a POST. */
+static void api_put_rest(struct bb *b, const struct api *a, bool is_as,
+    bool is_post, sl body)
+{
+    bb_str(b, " HTTP/1.1\r\nHost: ");
+    bb_put(b, a->url.name.whole);
+    bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
+        LKJWT_VERSION "\r\n");
+    if (is_as) {
+        must(cfg.has_as && sl_eq((sl){ a->name, a->name_len },
+                                 cfg.hs_name.whole));
+        bb_str(b, "Authorization: Bearer ");
+        bb_put(b, cfg.sec_as_token);
+        bb_str(b, "\r\n");
+    }
+    if (is_post) {
+        bb_str(b, "Content-Type: application/json\r\nContent-Length: ");
+        bb_u64(b, body.len);
+        bb_str(b, "\r\n");
+    }
+    bb_str(b, "\r\n");
+    bb_put(b, body);
+}
+
 /* ==== 19 LIVEKIT =================== PART II: MACHINES ================
  * Purpose  Calls of the SFU's RoomService (Twirp v8, protobuf).
  * Trust    The SFU is the operator's; its replies are still bounded.
  * INV-K1   Only lk_build_room asks for a room, and only an exchange of a
- *          full-access user calls it (section 22, exchange_room).
+ *          full-access user, or of one whose homeserver says that it is in
+ *          the Matrix room, calls it (section 22, exchange_room).
  * INV-K2   Absent is what the SFU says in Twirp's own words; all else that
  *          is no participant is unknown.
  */
+
+/* Append a service token. The one for creating rooms is the same for all
+ * requests of a second, and made once. */
+static void lk_put_token(struct bb *b, sl admin_room)
+{
+    static uint8_t sec_text[1024];
+    static size_t len;
+    static int64_t made;
+    uint8_t payload[512];
+    struct bb p = BB(payload);
+    int64_t wall = io_wall_ms() / 1000;
+    size_t from = b->len;
+    sl text;
+    if (admin_room.len == 0 && len && made == wall) {
+        bb_put(b, (sl){ sec_text, len });
+        return;
+    }
+    jwt_put_service(&p, cfg.key[0].name, admin_room, wall);
+    b->over |= !bb_finish(&p, &text);
+    jwt_sign(b, &cfg.key[0].sec_key, text);
+    if (admin_room.len || b->over || b->len - from > sizeof sec_text)
+        return;
+    len = b->len - from;
+    memcpy(sec_text, b->p + from, len);
+    made = wall;
+}
 
 /* Append a Twirp request of the given method with its token and body. */
 static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     sl req)
 {
-    uint8_t payload[512];
-    struct bb p = BB(payload);
-    sl text;
-    jwt_put_service(&p, cfg.key[0].name, admin_room, io_wall_ms() / 1000);
-    if (!bb_finish(&p, &text)) {
-        b->over = true;
-        return;
-    }
     bb_str(b, "POST ");
     bb_put(b, cfg.api.url.path);
     bb_str(b, "/twirp/livekit.RoomService/");
@@ -8107,7 +8437,7 @@ static void lk_put(struct bb *b, const char *method, sl admin_room, sl body,
     bb_str(b, "\r\nContent-Type: application/protobuf\r\n"
         "Accept: application/protobuf\r\nUser-Agent: lkjwt/" LKJWT_VERSION
         "\r\nAuthorization: Bearer ");
-    jwt_sign(b, &cfg.key[0].sec_key, text);
+    lk_put_token(b, admin_room);
     if (req.len) {
         bb_str(b, "\r\nX-Request-Id: ");
         bb_put(b, req);
@@ -8125,8 +8455,10 @@ static struct memo lk_breaker;
 static struct up *lk_open(enum kind owner, uint16_t owner_idx,
     void (*build)(uint16_t, struct bb *), int64_t end, int64_t now)
 {
-    size_t from = LIM_UP_CNT + (owner == KIND_JOB ? LIM_SFU_CNT : 0);
-    size_t to = from + (owner == KIND_JOB ? LIM_LOOK_CNT : LIM_SFU_CNT);
+    bool looks = owner == KIND_JOB || owner == KIND_SEAT;
+    size_t from = LIM_UP_CNT + (looks ? LIM_SFU_CNT : 0);
+    size_t to = from + (looks ? LIM_LOOK_CNT : cfg.has_as
+        ? LIM_SFU_CNT - LIM_AS_CNT : LIM_SFU_CNT);
     struct up_call c = { .owner = owner, .owner_idx = owner_idx,
         .label = TL_SFU, .trust = { CLASS_OPERATOR, true },
         .is_tls = cfg.api.is_tls, .search = true,
@@ -8154,8 +8486,8 @@ static sl lk_code(struct up *u)
     return code;
 }
 
-/* Log why a call failed. */
-static void lk_log(struct up *u, sl req)
+/* Log why a call failed, and return it. */
+static enum event lk_log(struct up *u, sl req)
 {
     uint8_t addr[64], num[20];
     enum event why = u->state == UP_FAILED ? u->why
@@ -8168,6 +8500,7 @@ static void lk_log(struct up *u, sl req)
         KV("status", u->state == UP_DONE ? text_u64(num, u->head.status)
                                          : (sl){ NULL, 0 }),
         KV("code", lk_code(u)));
+    return why;
 }
 
 enum presence { PRESENT, ABSENT, UNKNOWN };
@@ -8720,6 +9053,9 @@ static enum step rds_step(size_t idx, int revents, int64_t now)
  * Q9  sent, refused, budget spent    -              -             ended
  * Q3 looks first: once for most reasons, for 20 s where the participant
  * may be back (job_left). Q4, Q5 and Q9 are timed by job_clock.
+ * A job that is_owned came by the homeserver whose application service we
+ * are: its calls name the owner and bear our token; it is restarted while it
+ * waits, too (Q5, Q6 in J_WAITING), as long as a token may still be used.
  *
  * With Redis (DESIGN section 6):
  * - A job waits in store_ring until Redis has been told of it (store_op);
@@ -8765,6 +9101,7 @@ enum job_want { WANT_NONE, WANT_RESTART, WANT_SEND };
 struct job_params {
     sl alias, identity[2], server, delay_id, user;
     int64_t timeout_ms;              /* T, clamped */
+    bool is_owned;                   /* by user, for whom we may act */
 };
 
 /* One delegated leave.
@@ -8786,6 +9123,7 @@ struct job {
     bool is_stable, is_send;         /* path, kind of the call that is out */
     bool is_unknown;                 /* the last look-up told nothing */
     bool is_found;                   /* connected, as no webhook told */
+    bool is_owned;                   /* id[1] is its owner, not watched */
     uint8_t redirect;                /* slot + 1 of redirect_pool */
     uint16_t api, next;              /* next: chain of the room, idx + 1 */
     uint16_t id_len[2], delay_len, sid_len;
@@ -8933,16 +9271,24 @@ static void job_log(enum event ev, const struct job *j, const char *reason)
         KV("reason", sl_str(reason)));
 }
 
+/* Whether the job postpones its event now. */
+static bool job_restarts(const struct job *j)
+{
+    return j->state == J_CONNECTED || (j->state == J_WAITING && j->is_owned);
+}
+
 /* Set the timer for the earliest thing that is due. */
 static void job_watch(const struct job *j)
 {
     int64_t at = INT64_MAX;
     if (j->state == J_WAITING)
         at = j->wait_end;
-    if (j->state == J_CONNECTED) {
-        at = j->deadline;
+    if (job_restarts(j)) {
+        at = j->deadline < at ? j->deadline : at;
         if (job_hot_of(j)->want == WANT_NONE && j->restart_at < at)
             at = j->restart_at;
+    }
+    if (j->state == J_CONNECTED) {
         if (cfg.sanity_s && j->sanity_at < at)
             at = j->sanity_at;
         if (j->is_found && j->connected_at + LIM_SILENCE_MS < at)
@@ -9126,13 +9472,18 @@ static void job_connect(struct job *j, unsigned which, sl sid,
     j->is_unverified = false;
     if (j->state == J_CONNECTED)
         return;
-    job_drop_call(j, now);
+    if (!j->is_owned)
+        job_drop_call(j, now);
     j->state = J_CONNECTED;
     j->connected_at = now;
     j->is_found = !by_webhook;
-    j->deadline = now + j->timeout_ms;
     j->sanity_at = now + cfg.sanity_s * 1000;
     job_log(EV_JOB_CONNECTED, j, "");
+    if (j->is_owned) {                   /* it is being restarted already */
+        job_store(j, ST_SET);
+        return;
+    }
+    j->deadline = now + j->timeout_ms;
     job_want(j, WANT_RESTART, j->restart_at > now
         && j->restart_at <= now + LIM_RESTART_MIN_MS ? j->restart_at : now);
 }
@@ -9141,7 +9492,7 @@ static void job_connect(struct job *j, unsigned which, sl sid,
 static void job_leave(struct job *j, const char *reason, int64_t now)
 {
     bool was_connected = j->state == J_CONNECTED;
-    int64_t budget = was_connected ? j->deadline - now : 0;
+    int64_t budget = job_restarts(j) ? j->deadline - now : 0;
     budget = budget < 1000 ? 1000
         : budget > LIM_SEND_MAX_MS ? LIM_SEND_MAX_MS : budget;
     job_drop_look(j, now);
@@ -9279,7 +9630,7 @@ static void job_look_ended(struct job *j, int64_t now)
         j->id_len[j->probe] }, &sid);
     bool both = j->followed == 2 && j->id_len[1] > 0;
     if (p == UNKNOWN && !j->is_unknown)  /* not each time */
-        lk_log(j->look, (sl){ NULL, 0 });
+        (void)lk_log(j->look, (sl){ NULL, 0 });
     sid.len = sid.len > LIM_SID_LEN ? 0 : sid.len;
     if (sid.len)
         memcpy(copy, sid.p, sid.len);
@@ -9403,12 +9754,12 @@ static void job_build_call(uint16_t idx, struct bb *b)
             : "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/");
         bb_percent(b, (sl){ j->delay_id, j->delay_len });
         bb_str(b, job_hot[idx].want == WANT_SEND ? "/send" : "/restart");
+        if (j->is_owned) {
+            bb_str(b, "?user_id=");
+            bb_percent(b, (sl){ j->id[1], j->id_len[1] });
+        }
     }
-    bb_str(b, " HTTP/1.1\r\nHost: ");
-    bb_put(b, a->url.name.whole);
-    bb_str(b, "\r\nContent-Type: application/json\r\nAccept: "
-        "application/json\r\nUser-Agent: lkjwt/" LKJWT_VERSION
-        "\r\nContent-Length: 2\r\n\r\n{}");
+    api_put_rest(b, a, j->is_owned, true, SL("{}"));
 }
 
 /* Start the call that a job wants. False: no slot free. An API that has a
@@ -9418,15 +9769,9 @@ MUST_USE static bool job_start_call(struct job *j, bool is_stable,
 {
     struct api *a = &api_pool[j->api];
     size_t to = LIM_UP_ALL - LIM_REDIS_CNT - (a->active ? LIM_SPARE_CNT : 0);
-    struct up_call c = { .owner = KIND_JOB, .owner_idx = (uint16_t)job_idx(j),
-        .label = TL_DELAYED_EVENT, .trust = a->trust, .is_tls = a->is_tls,
-        .host = a->url.name.host, .port = a->port,
-        .cert_name = a->url.name.host, .reply_cap = LIM_RPC_LEN,
-        .end = now + LIM_DELAYED_MS, .build = job_build_call,
-        .is_known = true, .breaker = &a->breaker,
-        .server = job_server(j) };
-    c.search = a->trust.class == CLASS_OPERATOR
-        || (a->trust.class == CLASS_LISTED && is_single_label(c.host));
+    struct up_call c = api_call(a, KIND_JOB, job_idx(j), TL_DELAYED_EVENT,
+        now + LIM_DELAYED_MS);
+    c.build = job_build_call;
     j->is_stable = is_stable;
     j->call = up_open(&c, LIM_UP_CNT + LIM_SFU_CNT + LIM_LOOK_CNT, to, now);
     if (!j->call)
@@ -9827,6 +10172,7 @@ static void gone_apply(struct job *j, int64_t now)
     sl sid = { j->sid, j->sid_len };
     for (unsigned which = 0; which < 2; which++) {
         const struct gone *g = j->id_len[which] && j->state != J_OVER
+            && !(which == 1 && j->is_owned)
             ? gone_find(gone_hash((sl){ j->alias, HASH_NAME_LEN },
                 (sl){ j->id[which], j->id_len[which] }), now) : NULL;
         if (!g || g->has_joined)
@@ -9844,6 +10190,8 @@ static void gone_apply(struct job *j, int64_t now)
     }
 }
 
+static void seat_joined(sl alias, sl identity, int64_t now);
+
 /* Give one verified webhook to the jobs of its room. wall_ms: when it was
  * taken. */
 static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
@@ -9855,6 +10203,8 @@ static void job_webhook(const struct webhook *w, int64_t wall_ms, int64_t now)
     bool started = sl_eq(w->event, SL("room_started"));
     bool lost = sl_u64(w->dropped, INT32_MAX, &dropped) && dropped > 0;
     webhook_at = now;
+    if (joined)
+        seat_joined(w->room, w->identity, now);
     for (size_t i = 0; lost && i < job_top; i++)
         if (job_pool[i].state == J_CONNECTED && job_pool[i].check == CK_NONE) {
             job_pool[i].check = CK_ABSENT;
@@ -9920,13 +10270,16 @@ static void job_clock(struct job *j, int64_t now)
     }
     if (j->state == J_WAITING && j->check == CK_NONE)
         job_look(j, CK_WAIT, now);
-    if (j->state != J_CONNECTED)
-        return;
-    job_tell_silence(j, now);
-    if (now >= j->deadline) {
+    if (job_restarts(j) && now >= j->deadline) {
         job_end(j, "deadline passed", now);
         return;
     }
+    if (j->state == J_WAITING && j->is_owned && now >= j->restart_at
+        && job_hot_of(j)->want == WANT_NONE)
+        job_want(j, WANT_RESTART, now);
+    if (j->state != J_CONNECTED)
+        return;
+    job_tell_silence(j, now);
     bool sanity = cfg.sanity_s && now >= j->sanity_at;
     bool look = j->absent_at && now >= j->absent_at + LIM_ABSENT_MS;
     if (sanity)
@@ -10053,9 +10406,12 @@ static struct job *job_make(const struct job_params *p, struct api *a,
     if (!j)
         return NULL;
     j->state = J_WAITING;
-    j->followed = p->identity[1].len ? 2 : 0;
-    j->wait_end = now + (p->timeout_ms < LIM_WAIT_MS ? p->timeout_ms
-        : LIM_WAIT_MS);
+    j->is_owned = p->is_owned;
+    j->followed = p->identity[1].len && !p->is_owned ? 2 : 0;
+    int64_t wait = p->is_owned && p->timeout_ms < LIM_AS_TTL_S * 1000
+        ? LIM_AS_TTL_S * 1000 : p->timeout_ms;
+    j->wait_end = now + (wait < LIM_WAIT_MS ? wait : LIM_WAIT_MS);
+    j->deadline = now + p->timeout_ms;
     j->restarted_wall_ms = j->accepted_wall_ms = io_wall_ms();
     uint16_t *chain = job_chain(p->alias);
     j->next = *chain;
@@ -10109,6 +10465,8 @@ MUST_USE static struct job *job_accept(const struct job_params *p,
     if (!j)
         return NULL;
     j->restart_at = next;
+    if (j->is_owned)
+        job_want(j, WANT_RESTART, next > now ? next : now);
     j->is_late = !rds_is_up(RDS_MAIN);
     job_log(EV_JOB_NEW, j, "");
     job_store(j, ST_NEW);
@@ -10269,7 +10627,8 @@ static void job_put_record(const struct job *j, struct bb *b)
     struct record r = { .delay_id = { j->delay_id, j->delay_len },
         .server = job_server(j), .alias = { j->alias, HASH_NAME_LEN },
         .identity = { j->id[0], j->id_len[0] },
-        .identity2 = { j->id[1], j->id_len[1] },
+        .identity2 = { j->id[1], j->is_owned ? 0 : j->id_len[1] },
+        .owner = { j->id[1], j->is_owned ? j->id_len[1] : 0 },
         .sid = { j->sid, j->sid_len }, .timeout_ms = j->timeout_ms,
         .is_connected = j->state == J_CONNECTED || j->state == J_LEAVING,
         .delegated_ms = j->accepted_wall_ms,
@@ -10392,6 +10751,8 @@ static struct load_cnt { unsigned restored, expired, bad; } load_cnt;
 static sl record_user(const struct record *r)
 {
     sl id[] = { r->identity2, r->identity };
+    if (r->owner.len)
+        return r->owner;
     for (size_t i = 0; i < 2; i++) {
         size_t cut = sl_find(id[i], ':');
         sl rest = sl_skip(id[i], cut + 1);
@@ -10444,8 +10805,9 @@ static void job_resume(struct job *j, const struct record *r, int64_t left_ms,
 static void load_job(const struct record *r, int64_t now)
 {
     struct job_params p = { .alias = r->alias, .identity = { r->identity,
-        r->identity2 }, .server = r->server, .delay_id = r->delay_id,
-        .user = record_user(r), .timeout_ms = r->timeout_ms };
+        r->owner.len ? r->owner : r->identity2 }, .server = r->server,
+        .delay_id = r->delay_id, .user = record_user(r),
+        .timeout_ms = r->timeout_ms, .is_owned = r->owner.len > 0 };
     int64_t wall = io_wall_ms(), at = r->restarted_s > INT32_MAX * 16LL
         ? wall : r->restarted_s * 1000 + r->restarted_ns / 1000000;
     struct job *old = job_find(p.alias, p.identity[0]);
@@ -10485,10 +10847,14 @@ static void load_job(const struct record *r, int64_t now)
     load_cnt.restored++;
     j->restarted_wall_ms = at;
     j->accepted_wall_ms = r->delegated_ms ? r->delegated_ms : at;
-    if (r->is_connected)
+    if (r->is_connected) {
         job_resume(j, r, at + r->timeout_ms - wall, now);
-    else
+    } else {
+        j->deadline = now + at + r->timeout_ms - wall;
+        if (j->is_owned)
+            job_want(j, WANT_RESTART, now);
         job_look(j, CK_WAIT, now);
+    }
     gone_apply(j, now);
     job_watch(j);
 }
@@ -10527,7 +10893,10 @@ static bool load_record(sl raw_field, sl raw_value, bool look, int64_t now)
     memcpy(value, raw_value.p, raw_value.len);
     const char *why = rec_parse(field, raw_field.len, value, raw_value.len,
         &r);
-    if (!why && !has_full_access(r.server))
+    if (!why && r.owner.len && !(cfg.has_as && sl_eq(r.server,
+                                                     cfg.hs_name.whole)))
+        why = "server is not that of our application service";
+    else if (!why && !r.owner.len && !has_full_access(r.server))
         why = "server has no full access";
     if (why)
         load_bad(why);
@@ -11175,7 +11544,7 @@ static void job_stop(int64_t now)
     for (size_t i = 0; i < job_top; i++) {
         struct job *j = &job_pool[i];
         struct job_hot *h = &job_hot[i];
-        if (j->state != J_CONNECTED || h->is_out || !job_may_restart(j, now)
+        if (!job_restarts(j) || h->is_out || !job_may_restart(j, now)
             || j->restart_at > now + LIM_STOP_RESTART_MS)
             continue;
         h->is_last = true;
@@ -11204,10 +11573,746 @@ static bool job_is_settled(int64_t now)
 }
 
 
+/* ==== 21a APPSERVICE =============== PART II: MACHINES ================
+ * Purpose  What we ask the homeserver whose application service we are:
+ *          who is joined to a room (MSC4502), to pass a request on to
+ *          another homeserver (MSC4512), a user's delayed event (MSC4140);
+ *          and who on the SFU is not in the Matrix room any more.
+ * Trust    The homeserver of LIVEKIT_HS_SERVER_NAME is the operator's: what
+ *          it says of rooms and users is so. Its replies are bounded.
+ * Limits   LIM_INQ_*, LIM_MEMBER_*, LIM_SEAT_*, LIM_AS_CNT.
+ * INV-A1   Joined is what the homeserver says in so many words; all that is
+ *          no answer grants nothing and removes nobody.
+ * INV-A2   Our token goes to the API of LIVEKIT_HS_SERVER_NAME only, and
+ *          unencrypted only to a URL that the operator wrote.
+ *
+ * row state      waits for                success       failure, timeout
+ * A1  I_WAIT     base URL, or a slot      A2            A3
+ * A2  I_OUT      the call                 A3            A1 in another form, A3
+ * A3  I_DONE     -                        who asked reads and closes
+ */
+enum inq_kind { INQ_USER, INQ_SERVER, INQ_RELAY, INQ_DELAYED, INQ_PING,
+    INQ_LOOP };
+enum inq_state { I_FREE, I_WAIT, I_OUT, I_DONE };
+enum inq_answer { INQ_UNKNOWN, INQ_NO, INQ_YES };    /* YES: see its reply */
+
+/* How each is asked: the path before the first argument, as the MSC has it
+ * in the end and as homeservers have it until then; what stands before the
+ * second; what it means when there is no such path, and when it is denied. */
+static const struct inq_row {
+    const char *name, *path[2], *tail;   /* path: unstable, stable */
+    bool is_post;
+    const char *lack, *denied;
+} inq_tab[] = {
+    [INQ_USER] = { "is_joined",
+        { "/_matrix/client/unstable/io.element.msc4502/rooms/",
+          "/_matrix/client/v3/rooms/" }, "/is_joined?user_id=", false,
+        "no MSC4502 (Synapse: experimental_features: msc4502_enabled): "
+        "membership cannot be checked, nobody gets a token",
+        "the registration lacks the scope of is_joined" },
+    [INQ_SERVER] = { "is_joined",
+        { "/_matrix/client/unstable/io.element.msc4502/rooms/",
+          "/_matrix/client/v3/rooms/" }, "/is_joined?server_name=", false,
+        "no MSC4502 (Synapse: experimental_features: msc4502_enabled): "
+        "membership cannot be checked, nobody gets a token",
+        "the registration lacks the scope of is_joined" },
+    [INQ_RELAY] = { "fed_proxy",
+        { "/_matrix/client/unstable/io.element.msc4512/appservice/fed_proxy",
+          "/_matrix/client/v1/appservice/fed_proxy" }, "", true,
+        "no MSC4512 (Synapse: experimental_features: msc4512_enabled): "
+        "other homeservers' SFUs cannot be reached", NULL },
+    [INQ_DELAYED] = { "delayed_events",
+        { "/_matrix/client/unstable/org.matrix.msc4140/delayed_events/",
+          "/_matrix/client/v1/delayed_events/" }, "?user_id=", false,
+        "no MSC4140: delayed events cannot be looked up",
+        "the user is not in the registration's namespaces" },
+    [INQ_PING] = { "ping", { "/_matrix/client/v1/appservice/", NULL },
+        "/ping", true, "no such endpoint", NULL },
+    [INQ_LOOP] = { "proxy",
+        { "/_matrix/client/unstable/io.element.msc4195/rtc/livekit/get_token",
+          "/_matrix/client/v1/rtc/livekit/get_token" }, "", true,
+        "requests are not passed on to us: no MSC4512, or no proxy_prefix "
+        "rtc/livekit in the registration", NULL },
+};
+
+/* What a reply says; slices borrow from the call. */
+struct inq_reply {
+    sl errcode, delay_id, room_id, jwt, inner_errcode;
+    struct js_int delay_ms, delay, status;
+    int8_t joined;                   /* -1: not said */
+    bool is_read;                    /* it is the JSON expected */
+};
+
+/* One question. Equal ones about members are one.
+ * owner:    inq_pool
+ * lifetime: inq_open to the inq_close of the last who asked */
+static struct inquiry {
+    enum inq_state state;
+    enum inq_kind kind;
+    enum inq_answer answer;
+    enum event why;                  /* of INQ_UNKNOWN */
+    const char *hint;                /* for the operator, or NULL */
+    unsigned status;                 /* 0: no reply */
+    struct inq_reply reply;          /* of INQ_YES; unused for members */
+    bool is_stable, is_mxid;         /* the form it is asked in */
+    bool is_switched, is_renamed;    /* other path, other name was tried */
+    uint16_t user_cnt;               /* who wait for it, or read it */
+    uint16_t api, body_idx;
+    void (*build_body)(uint16_t body_idx, struct bb *b);     /* NULL: {} */
+    uint64_t key, number;            /* key: of members; order of opening */
+    struct up *up;
+    int64_t end;
+    sl arg[2];                       /* borrowed from the first who asked */
+} inq_pool[LIM_INQ_CNT];
+static uint64_t inq_number;
+
+/* The form that was last understood. */
+static struct { bool is_stable, is_mxid; } inq_form[COUNT_OF(inq_tab)];
+
+/* Members: `at` is until when it is known, cnt whether joined. */
+static struct memo member_cache[LIM_MEMBER_CNT];
+
+static void exchange_wake_inquiry(size_t inq);
+static void seat_wake_inquiry(size_t inq);
+
+static size_t inq_idx(const struct inquiry *q)
+{
+    return (size_t)(q - inq_pool);
+}
+
+static bool inq_is_member(enum inq_kind kind)
+{
+    return kind == INQ_USER || kind == INQ_SERVER;
+}
+
+static uint64_t member_key(enum inq_kind kind, sl room, sl who)
+{
+    uint8_t sum[32], k = kind == INQ_USER ? 'U' : 'S';
+    sl part[] = { { sec_boot, 32 }, { &k, 1 }, room, who };
+    hash_parts(part, 4, sum);
+    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+}
+
+/* What is remembered of a member. */
+static enum inq_answer member_known(enum inq_kind kind, sl room, sl who,
+    int64_t now)
+{
+    const struct memo *m = memo_find(member_cache, LIM_MEMBER_CNT,
+        member_key(kind, room, who));
+    return !m || m->at <= now ? INQ_UNKNOWN : m->cnt ? INQ_YES : INQ_NO;
+}
+
+static void inq_build(uint16_t idx, struct bb *b)
+{
+    static uint8_t text[LIM_SCRATCH_LEN / 2];
+    const struct inquiry *q = &inq_pool[idx];
+    const struct inq_row *row = &inq_tab[q->kind];
+    const struct api *a = &api_pool[q->api];
+    struct bb body = BB(text);
+    if (row->is_post && q->build_body)
+        q->build_body(q->body_idx, &body);
+    else if (row->is_post)
+        bb_str(&body, "{}");
+    b->over |= body.over;
+    bb_str(b, row->is_post ? "POST " : "GET ");
+    bb_put(b, a->url.path);
+    bb_str(b, row->path[q->is_stable]);
+    bb_percent(b, q->arg[0]);
+    bb_str(b, q->is_mxid ? "/is_joined?mxid=" : row->tail);
+    bb_percent(b, q->arg[1]);
+    api_put_rest(b, a, true, row->is_post, (sl){ text, body.len });
+}
+
+static void inq_watch(const struct inquiry *q)
+{
+    loop_set(KIND_INQUIRY, inq_idx(q), -1, 0, q->state == I_WAIT ? q->end
+        : INT64_MAX);
+}
+
+/* A slot is free, or the base URL known: the oldest who waits. */
+static void inq_wake_next(void)
+{
+    const struct inquiry *best = NULL;
+    for (size_t i = 0; i < LIM_INQ_CNT; i++)
+        if (inq_pool[i].state == I_WAIT
+            && (!best || inq_pool[i].number < best->number))
+            best = &inq_pool[i];
+    if (best)
+        loop_wake(KIND_INQUIRY, inq_idx(best));
+}
+
+static void inq_drop_up(struct inquiry *q, int64_t now)
+{
+    if (!q->up)
+        return;
+    up_close(q->up, now);
+    q->up = NULL;
+    inq_wake_next();
+}
+
+static void inq_done(struct inquiry *q, enum inq_answer answer,
+    enum event why, int64_t now)
+{
+    const struct up *u = q->up;
+    uint8_t addr[64], num[20];
+    bool failed = u && u->state == UP_FAILED;
+    if (answer == INQ_UNKNOWN || q->hint)
+        LOG(EV_AS_CALL_FAILED, KV("call", sl_str(inq_tab[q->kind].name)),
+            KV("server", cfg.hs_name.whole),
+            KV("reason", sl_str(why ? event_tab[why].label : "")),
+            KV("step", failed ? sl_str(u->step) : (sl){ NULL, 0 }),
+            KV("addr", u && u->has_addr ? text_addr(addr, &u->addr)
+                                        : (sl){ NULL, 0 }),
+            KV("status", q->status ? text_u64(num, q->status)
+                                   : (sl){ NULL, 0 }),
+            KV("errcode", log_errcode(q->reply.errcode)),
+            KV("hint", sl_str(q->hint)));
+    q->answer = answer;
+    q->why = why;
+    q->state = I_DONE;
+    if (inq_is_member(q->kind) || answer == INQ_UNKNOWN)
+        inq_drop_up(q, now);
+    inq_watch(q);
+    exchange_wake_inquiry(inq_idx(q));
+    seat_wake_inquiry(inq_idx(q));
+}
+
+/* Make the call, as soon as it can be made. */
+static void inq_start(struct inquiry *q, int64_t now)
+{
+    struct api *a = api_find(cfg.hs_name.whole, now);
+    enum res got = a ? api_resolve(a, now) : RES_FAILED;
+    size_t from = LIM_UP_CNT + LIM_SFU_CNT - LIM_AS_CNT;
+    q->state = I_WAIT;
+    if (got == RES_FAILED) {
+        inq_done(q, INQ_UNKNOWN, EV_API_UNKNOWN, now);
+        return;
+    }
+    if (now >= q->end) {
+        inq_done(q, INQ_UNKNOWN, EV_WAIT_TIMEOUT, now);
+        return;
+    }
+    /* a relay fails with the server that a user named, not with ours */
+    bool counts = q->kind != INQ_RELAY && q->kind != INQ_LOOP;
+    if (got == RES_OK && counts && breaker_refuses(&a->breaker, now)) {
+        inq_done(q, INQ_UNKNOWN, EV_BREAKER_OPEN, now);
+        return;
+    }
+    if (got == RES_OK) {
+        struct up_call c = api_call(a, KIND_INQUIRY, inq_idx(q),
+            TL_HOMESERVER, q->end);
+        c.build = inq_build;
+        c.breaker = counts ? c.breaker : NULL;
+        q->api = (uint16_t)api_idx(a);
+        q->up = up_open(&c, from, from + LIM_AS_CNT, now);
+        if (q->up)
+            q->state = I_OUT;
+    }
+    inq_watch(q);
+}
+
+/* What is wrong with a homeserver that replies so, if it is plain. */
+static const char *inq_hint(const struct inquiry *q)
+{
+    const struct inq_row *row = &inq_tab[q->kind];
+    bool inner = q->kind == INQ_LOOP;        /* the reply may be our own */
+    if (sl_eq(q->reply.errcode, SL("M_UNRECOGNIZED")))
+        return row->lack;
+    if (q->status == 401 && !inner)
+        return "LIVEKIT_AS_TOKEN is not accepted: is the registration loaded, "
+            "and the token the same?";
+    return q->status == 403 ? row->denied : NULL;
+}
+
+static void inq_parse(struct inquiry *q, struct up *u)
+{
+#define AT(member) offsetof(struct inq_reply, member)
+    static const struct js_field inner_field[] = {
+        { "jwt", JS_STRING, AT(jwt), NULL },
+        { "errcode", JS_STRING, AT(inner_errcode), NULL } };
+    static const struct js_table inner = { inner_field, 2, false, false };
+    static const struct js_field field[] = {
+        { "errcode", JS_STRING, AT(errcode), NULL },
+        { "joined", JS_TRUTH, AT(joined), NULL },
+        { "delay_id", JS_STRING, AT(delay_id), NULL },
+        { "room_id", JS_STRING, AT(room_id), NULL },
+        { "delay_ms", JS_INT, AT(delay_ms), NULL },
+        { "delay", JS_INT, AT(delay), NULL },
+        { "status", JS_INT, AT(status), NULL },
+        { "content", JS_OBJECT, 0, &inner } };       /* a relay's only */
+    static const struct js_table tab = { field, 7, false, false },
+        relay = { field, 8, false, false };
+#undef AT
+    q->reply = (struct inq_reply){ .joined = -1 };
+    q->status = u->head.status;
+    if (js_parse(up_body(u), u->intake.len, q->kind == INQ_RELAY ? &relay
+                 : &tab, &q->reply))
+        q->reply = (struct inq_reply){ .joined = -1 };
+    else
+        q->reply.is_read = true;
+}
+
+/* The call ended: in another form where the homeserver knows none of this,
+ * else that was the answer. */
+static void inq_ended(struct inquiry *q, int64_t now)
+{
+    struct up *u = q->up;
+    if (u->state == UP_FAILED) {
+        inq_done(q, INQ_UNKNOWN, u->why, now);
+        return;
+    }
+    inq_parse(q, u);
+    bool unknown = sl_eq(q->reply.errcode, SL("M_UNRECOGNIZED"));
+    if (unknown && !q->is_switched && inq_tab[q->kind].path[1]) {
+        q->is_switched = true;
+        q->is_stable = !q->is_stable;
+    } else if (q->kind == INQ_USER && !q->is_renamed && !unknown
+               && (q->status == 400 || q->status == 403)) {
+        /* where `user_id` is no parameter yet it is taken for the user that
+         * we speak for: 403 for one of another server */
+        q->is_renamed = true;
+        q->is_mxid = !q->is_mxid;
+    } else {
+        if (!unknown && q->status != 400) {
+            inq_form[q->kind].is_stable = q->is_stable;
+            inq_form[q->kind].is_mxid = q->is_mxid;
+        }
+        q->hint = inq_hint(q);
+        if (!inq_is_member(q->kind)) {
+            inq_done(q, INQ_YES, EV_NONE, now);
+        } else if (q->status != 200 || q->reply.joined < 0) {
+            inq_done(q, INQ_UNKNOWN, q->status == 200 ? EV_REPLY_JSON
+                : EV_REPLY_STATUS, now);
+        } else {
+            struct memo *m = memo_make(member_cache, LIM_MEMBER_CNT, q->key,
+                now);
+            m->at = now + LIM_MEMBER_MS;
+            m->cnt = q->reply.joined == 1;
+            inq_done(q, m->cnt ? INQ_YES : INQ_NO, EV_NONE, now);
+        }
+        return;
+    }
+    inq_drop_up(q, now);
+    inq_start(q, now);
+}
+
+/* Ask, or join who asks the same about a member. The arguments must live
+ * until it is answered, and nobody who asked goes before that. A body is
+ * built when the call is made. NULL: too many questions. */
+static struct inquiry *inq_open(enum inq_kind kind, sl first, sl second,
+    int64_t end)
+{
+    uint64_t key = member_key(kind, first, second);
+    struct inquiry *q = NULL;
+    for (size_t i = LIM_INQ_CNT; i-- > 0; ) {
+        struct inquiry *p = &inq_pool[i];
+        if (inq_is_member(kind) && p->kind == kind && p->key == key
+            && (p->state == I_WAIT || p->state == I_OUT)) {
+            p->user_cnt++;
+            return p;
+        }
+        if (p->state == I_FREE)
+            q = p;
+    }
+    if (!q)
+        return NULL;
+    memset(q, 0, sizeof *q);
+    q->kind = kind;
+    q->key = key;
+    q->number = ++inq_number;
+    q->user_cnt = 1;
+    q->end = end;
+    q->is_stable = inq_form[kind].is_stable;
+    q->is_mxid = inq_form[kind].is_mxid;
+    q->arg[0] = first;
+    q->arg[1] = second;
+    q->state = I_WAIT;
+    loop_wake(KIND_INQUIRY, inq_idx(q));
+    return q;
+}
+
+/* One who asked has read the answer, or does not want it. */
+static void inq_close(struct inquiry *q, int64_t now)
+{
+    if (--q->user_cnt > 0)
+        return;
+    inq_drop_up(q, now);
+    q->state = I_FREE;
+    inq_watch(q);
+}
+
+static enum step inq_step(size_t idx, int revents, int64_t now)
+{
+    struct inquiry *q = &inq_pool[idx];
+    (void)revents;
+    if (q->state == I_OUT && up_has_ended(q->up))
+        inq_ended(q, now);
+    else if (q->state == I_WAIT)
+        inq_start(q, now);
+    return STEP_WAIT;
+}
+
+/* ---- seats: who may be on the SFU by a token of ours -------------------
+ * Each is looked at every LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS, and
+ * when it joins; LIM_SEAT_CALLS of them at once.
+ *
+ * row state      waits for             yes          no           unknown
+ * T1  S_LOOK     SFU: is it there      T2           done, or     T2
+ *                                                   seat is free
+ * T2  S_MEMBER   homeserver: joined    done         T3           done
+ * T3  S_REMOVE   SFU: remove it        done         done         soon again
+ * A seat outlives its token and what LiveKit refreshed of it: a user who
+ * was removed and comes back is removed again.
+ */
+enum seat_state { S_FREE, S_LOOK, S_MEMBER, S_REMOVE };
+static struct seat {
+    uint8_t alias[HASH_NAME_LEN], identity[HASH_NAME_LEN];
+} seat_pool[LIM_SEAT_CNT];
+
+/* What scans over all seats read; index as seat_pool. */
+static struct seat_hot {
+    uint64_t key;                    /* of alias and identity */
+    int64_t at, until;               /* next look; may be used until then */
+    uint32_t user, server;           /* hashes */
+    uint16_t piece;                  /* where room and user stand, side */
+    uint8_t room_len, user_len;      /* by side */
+    bool is_used, is_busy, is_foreign;
+    bool is_again;                   /* joined while it was looked at */
+} seat_hot[LIM_SEAT_CNT];
+static size_t seat_top;              /* above the highest seat in use */
+static uint8_t seat_text[LIM_PIECE_CNT][LIM_PIECE_LEN];
+static bool seat_piece[LIM_PIECE_CNT];       /* in use */
+
+static struct seat_check {
+    enum seat_state state;
+    uint16_t seat;
+    struct up *up;
+    struct inquiry *inq;
+} seat_check_pool[LIM_SEAT_CALLS];
+
+enum { SEAT_CLOCK = LIM_SEAT_CALLS, SEAT_PROBE, SEAT_OBJECTS };
+
+static uint64_t seat_key(sl alias, sl identity)
+{
+    return gone_hash(alias, identity);
+}
+
+static size_t seat_pieces(const struct seat_hot *h)
+{
+    return ((size_t)h->room_len + h->user_len + LIM_PIECE_LEN - 1)
+        / LIM_PIECE_LEN;
+}
+
+static sl seat_room(const struct seat_hot *h)
+{
+    return (sl){ seat_text[h->piece], h->room_len };
+}
+
+static sl seat_user(const struct seat_hot *h)
+{
+    return (sl){ seat_text[h->piece] + h->room_len, h->user_len };
+}
+
+static void seat_mark(const struct seat_hot *h, bool used)
+{
+    memset(seat_piece + h->piece, used, seat_pieces(h));
+}
+
+/* Find room for a seat's ids. False: there is none. */
+MUST_USE static bool seat_place(struct seat_hot *h)
+{
+    size_t run = 0, need = seat_pieces(h);
+    for (size_t i = 0; i < LIM_PIECE_CNT; i++) {
+        run = seat_piece[i] ? 0 : run + 1;
+        if (run == need) {
+            h->piece = (uint16_t)(i + 1 - need);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A participant that a token is about to be signed for; ids are checked. */
+struct seat_params { sl alias, identity, room, user, server;
+    bool is_foreign; };
+
+/* Watch one more. False: there are too many. */
+MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
+{
+    struct seat_hot new = { .is_used = true, .is_foreign = p->is_foreign,
+        .key = seat_key(p->alias, p->identity),
+        .user = (uint32_t)dest_hash(p->user),
+        .server = (uint32_t)dest_hash(p->server),
+        .room_len = (uint8_t)p->room.len, .user_len = (uint8_t)p->user.len,
+        .at = now + cfg.member_ms,
+        .until = now + (LIM_AS_TTL_S + 60) * 1000 };
+    size_t same = 0, near = 0, far = 0, at = seat_top;
+    if (cfg.member_ms == 0)
+        return true;
+    for (size_t i = seat_top; i-- > 0; ) {
+        struct seat_hot *h = &seat_hot[i];
+        if (h->is_used && h->key == new.key) {
+            h->until = new.until > h->until ? new.until : h->until;
+            return true;
+        }
+        same += h->is_used && h->user == new.user;
+        near += h->is_used && h->is_foreign && h->server == new.server;
+        far += h->is_used && h->is_foreign;
+        at = h->is_used ? at : i;
+    }
+    if (at == LIM_SEAT_CNT || same >= LIM_SEAT_USER || (p->is_foreign
+            && (near >= LIM_SEAT_SERVER || far >= LIM_SEAT_CNT / 2))
+        || !seat_place(&new))
+        return false;
+    seat_top += at == seat_top;
+    seat_hot[at] = new;
+    seat_mark(&new, true);
+    memcpy(seat_text[new.piece], p->room.p, p->room.len);
+    memcpy(seat_text[new.piece] + p->room.len, p->user.p, p->user.len);
+    memcpy(seat_pool[at].alias, p->alias.p, HASH_NAME_LEN);
+    memcpy(seat_pool[at].identity, p->identity.p, HASH_NAME_LEN);
+    met.gauge[GA_SEATS]++;
+    loop_wake(KIND_SEAT, SEAT_CLOCK);
+    return true;
+}
+
+static void seat_free(size_t i)
+{
+    seat_mark(&seat_hot[i], false);
+    seat_hot[i] = (struct seat_hot){ .is_used = false };
+    met.gauge[GA_SEATS]--;
+    while (seat_top && !seat_hot[seat_top - 1].is_used)
+        seat_top--;
+}
+
+/* A webhook says that a participant joined: is it one of ours, look now. */
+static void seat_joined(sl alias, sl identity, int64_t now)
+{
+    uint64_t key = seat_top ? seat_key(alias, identity) : 0;
+    for (size_t i = 0; i < seat_top; i++)
+        if (seat_hot[i].is_used && seat_hot[i].key == key) {
+            seat_hot[i].at = now;
+            seat_hot[i].is_again = seat_hot[i].is_busy;
+            loop_wake(KIND_SEAT, SEAT_CLOCK);
+        }
+}
+
+static void seat_build(uint16_t idx, struct bb *b, const char *method)
+{
+    const struct seat *s = &seat_pool[seat_check_pool[idx].seat];
+    uint8_t text[2 * HASH_NAME_LEN + 8];
+    struct bb body = BB(text);
+    sl alias = { s->alias, HASH_NAME_LEN };
+    pb_participant(&body, alias, (sl){ s->identity, HASH_NAME_LEN });
+    lk_put(b, method, alias, (sl){ text, body.len }, (sl){ NULL, 0 });
+}
+
+static void seat_build_look(uint16_t idx, struct bb *b)
+{
+    seat_build(idx, b, "GetParticipant");
+}
+
+static void seat_build_remove(uint16_t idx, struct bb *b)
+{
+    seat_build(idx, b, "RemoveParticipant");
+}
+
+/* This look is over; the seat's next one is in wait_ms. */
+static void seat_done(struct seat_check *c, int64_t wait_ms, int64_t now)
+{
+    struct seat_hot *h = &seat_hot[c->seat];
+    c->state = S_FREE;
+    h->at = h->is_again ? now : now + wait_ms;
+    h->is_busy = h->is_again = false;
+    loop_wake(KIND_SEAT, SEAT_CLOCK);
+}
+
+/* Ask the SFU. False: not now; it is tried again. */
+MUST_USE static bool seat_call(struct seat_check *c, enum seat_state state,
+    int64_t now)
+{
+    size_t i = (size_t)(c - seat_check_pool);
+    c->state = state;
+    c->up = breaker_refuses(&lk_breaker, now) ? NULL
+        : lk_open(KIND_SEAT, (uint16_t)i, state == S_LOOK ? seat_build_look
+                  : seat_build_remove, now + LIM_RPC_MS, now);
+    if (!c->up)
+        seat_done(c, LIM_SEAT_RETRY_MS, now);
+    return c->up != NULL;
+}
+
+static void seat_ask(struct seat_check *c, int64_t now)
+{
+    const struct seat_hot *h = &seat_hot[c->seat];
+    c->state = S_MEMBER;
+    c->inq = inq_open(INQ_USER, seat_room(h), seat_user(h),
+        now + LIM_INQ_MS);
+    if (!c->inq)
+        seat_done(c, LIM_SEAT_RETRY_MS, now);
+}
+
+/* The SFU said whether it is there. */
+static void seat_looked(struct seat_check *c, int64_t now)
+{
+    const struct seat *s = &seat_pool[c->seat];
+    struct seat_hot *h = &seat_hot[c->seat];
+    sl sid;
+    enum presence p = lk_presence(c->up, (sl){ s->identity, HASH_NAME_LEN },
+        &sid);
+    if (p == UNKNOWN)
+        lk_log(c->up, (sl){ NULL, 0 });
+    up_close(c->up, now);
+    c->up = NULL;
+    if (p == PRESENT && h->until < now + LIM_SEAT_KEPT_MS)
+        h->until = now + LIM_SEAT_KEPT_MS;
+    if (p != ABSENT) {
+        seat_ask(c, now);
+    } else if (now > h->until && !h->is_again) {
+        c->state = S_FREE;
+        seat_free(c->seat);
+        loop_wake(KIND_SEAT, SEAT_CLOCK);
+    } else {
+        seat_done(c, cfg.member_ms, now);
+    }
+}
+
+static void seat_asked(struct seat_check *c, int64_t now)
+{
+    enum inq_answer a = c->inq->answer;
+    inq_close(c->inq, now);
+    c->inq = NULL;
+    if (a != INQ_NO)
+        seat_done(c, cfg.member_ms, now);
+    else
+        (void)!seat_call(c, S_REMOVE, now);
+}
+
+static void seat_removed(struct seat_check *c, int64_t now)
+{
+    bool gone = c->up->state == UP_DONE && c->up->head.status == 200;
+    bool absent = !gone && c->up->state == UP_DONE
+        && sl_eq(lk_code(c->up), SL("not_found"));
+    if (gone)
+        LOG(EV_SEAT_REMOVED, KV("user", seat_user(&seat_hot[c->seat])),
+            KV("room", ((sl){ seat_pool[c->seat].alias, HASH_NAME_LEN })));
+    else if (!absent)
+        lk_log(c->up, (sl){ NULL, 0 });
+    up_close(c->up, now);
+    c->up = NULL;
+    seat_done(c, gone || absent ? cfg.member_ms : LIM_SEAT_RETRY_MS, now);
+}
+
+/* Start looking at what is due, as far as that is allowed at once. */
+static void seat_run(int64_t now)
+{
+    int64_t next = INT64_MAX;
+    for (size_t k = 0; k < LIM_SEAT_CALLS; k++) {
+        struct seat_check *c = &seat_check_pool[k];
+        size_t best = LIM_SEAT_CNT;
+        if (c->state != S_FREE)
+            continue;
+        next = INT64_MAX;
+        for (size_t i = 0; i < seat_top; i++)
+            if (seat_hot[i].is_used && !seat_hot[i].is_busy
+                && seat_hot[i].at < next) {
+                next = seat_hot[i].at;
+                best = i;
+            }
+        if (next > now)
+            break;
+        c->seat = (uint16_t)best;
+        seat_hot[best].is_busy = true;
+        (void)!seat_call(c, S_LOOK, now);
+        next = now + 1;
+    }
+    loop_set(KIND_SEAT, SEAT_CLOCK, -1, 0, next);
+}
+
+/* ---- the first contact: is the homeserver what the mode needs? */
+static struct {
+    struct inquiry *inq;
+    int64_t at;
+    int32_t wait_ms;
+    bool is_joined_ok;               /* the second question is next */
+} as_probe;
+
+/* Ask about a room that nobody has, then for a relay of nothing. Told once
+ * it is well, and each time that it is plain why it is not. */
+static void probe_step(int64_t now)
+{
+    struct inquiry *q = as_probe.inq;
+    if (q && q->state != I_DONE)
+        return;
+    if (q) {
+        bool ok = q->answer != INQ_UNKNOWN && !q->hint
+            && (inq_is_member(q->kind) || q->status == 400);
+        if (q->hint)
+            LOG(EV_AS_LACKS, KV("server", cfg.hs_name.whole),
+                KV("detail", sl_str(q->hint)));
+        inq_close(q, now);
+        as_probe.inq = NULL;
+        as_probe.at = now;
+        if (ok && as_probe.is_joined_ok) {
+            LOG(EV_AS_READY, KV("server", cfg.hs_name.whole));
+            return;
+        }
+        as_probe.is_joined_ok = ok;
+        if (!ok) {
+            as_probe.wait_ms = as_probe.wait_ms ? as_probe.wait_ms * 2
+                : LIM_PROBE_MS;
+            if (as_probe.wait_ms > LIM_API_BAD_MS * 10)
+                as_probe.wait_ms = LIM_API_BAD_MS * 10;
+            as_probe.at = now + as_probe.wait_ms;
+        }
+    }
+    if (now >= as_probe.at) {
+        static uint8_t text[LIM_NAME_LEN + 8];
+        struct bb b = BB(text);
+        bb_str(&b, "!lkjwt:");
+        bb_put(&b, cfg.hs_name.whole);
+        as_probe.inq = as_probe.is_joined_ok
+            ? inq_open(INQ_RELAY, SL(""), SL(""), now + LIM_INQ_MS)
+            : inq_open(INQ_SERVER, (sl){ text, b.len }, cfg.hs_name.whole,
+                       now + LIM_INQ_MS);
+        as_probe.at = now + LIM_PROBE_MS;
+    }
+    loop_set(KIND_SEAT, SEAT_PROBE, -1, 0, as_probe.inq ? INT64_MAX
+        : as_probe.at);
+}
+
+static void seat_wake_inquiry(size_t inq)
+{
+    for (size_t i = 0; i < LIM_SEAT_CALLS; i++)
+        if (seat_check_pool[i].inq == &inq_pool[inq])
+            loop_wake(KIND_SEAT, i);
+    if (as_probe.inq == &inq_pool[inq])
+        loop_wake(KIND_SEAT, SEAT_PROBE);
+}
+
+static enum step seat_step(size_t idx, int revents, int64_t now)
+{
+    (void)revents;
+    if (idx == SEAT_CLOCK) {
+        seat_run(now);
+    } else if (idx == SEAT_PROBE) {
+        probe_step(now);
+    } else {
+        struct seat_check *c = &seat_check_pool[idx];
+        if (c->state == S_MEMBER && c->inq->state == I_DONE)
+            seat_asked(c, now);
+        else if (c->state == S_LOOK && up_has_ended(c->up))
+            seat_looked(c, now);
+        else if (c->state == S_REMOVE && up_has_ended(c->up))
+            seat_removed(c, now);
+    }
+    return STEP_WAIT;
+}
+
 /* ==== 22 SERVER ==================== PART II: MACHINES ================
  * Purpose  Client connections, routes, and the token exchange.
  * Trust    Clients are anyone; nothing they send is believed before the
- *          homeserver has vouched for the user (exchange_verified).
+ *          homeserver has vouched for the user (exchange_verified), or is
+ *          the one who asks (as_is_homeserver).
  * Limits   LIM_CONN_CNT and the client-side numbers of section 02.
  * INV-V1   One request of a connection is served at a time, in order.
  * INV-V2   Connection i serves exchange i; its buffers outlive it.
@@ -11250,18 +12355,30 @@ static struct conn conn_pool[LIM_SLOT_CNT];
 static uint8_t conn_in[LIM_SLOT_CNT][LIM_IN_LEN];
 static uint8_t conn_out[LIM_SLOT_CNT][LIM_OUT_LEN];
 
-enum { M_GET = 1, M_HEAD = 2, M_POST = 4, M_OPTIONS = 8 };
+enum { M_GET = 1, M_HEAD = 2, M_POST = 4, M_OPTIONS = 8, M_OTHER = 16,
+    M_ANY = 31 };
+
+/* Whose requests a route takes: anyone's; or only the homeserver's, which
+ * passes on its users', other homeservers', or its own. */
+enum route_for { FOR_ANYONE, FOR_USER, FOR_SERVER, FOR_HOMESERVER };
 
 /* An endpoint is a row. start answers, or leaves the connection in C_WAIT. */
 static const struct route {
     const char *path, *allow;
     uint8_t methods;
-    bool is_cors;                    /* JSON endpoint: CORS on all replies */
+    bool is_json;                    /* JSON endpoint: its errors are, too */
     size_t body_cap;                 /* POST; 0: LKJWT_MAX_BODY */
     bool is_metrics;                 /* on the metrics listener instead */
     enum route_label label;
     void (*start)(struct conn *c, int64_t now);
+    enum route_for who;
 } route_tab[];
+
+/* Whether a route is there, as the operator has it. */
+static bool route_is_on(const struct route *r)
+{
+    return r->who != FOR_ANYONE ? cfg.has_as : !(r->is_json && cfg.only_as);
+}
 
 static size_t conn_idx(const struct conn *c)
 {
@@ -11403,6 +12520,7 @@ static const char *status_text(unsigned code)
         { 429, "Too Many Requests" },
         { 431, "Request Header Fields Too Large" },
         { 500, "Internal Server Error" }, { 501, "Not Implemented" },
+        { 502, "Bad Gateway" },
         { 503, "Service Unavailable" },
         { 505, "HTTP Version Not Supported" },
     };
@@ -11439,7 +12557,7 @@ static void conn_answer(struct conn *c, const struct answer *a, int64_t now)
     sl text;
     bool is_head = sl_eq(h1_slice((sl){ conn_in[conn_idx(c)], c->in_len },
         c->head.method), SL("HEAD"));
-    bool cors = c->route && c->route->is_cors;
+    bool json = c->route && c->route->is_json;
     c->code = (uint16_t)a->code;
     c->is_keep = c->is_keep && !srv_stopping && !conn_is_lane(c)
         && h1_keeps(&c->head);
@@ -11449,9 +12567,10 @@ static void conn_answer(struct conn *c, const struct answer *a, int64_t now)
     bb_str(&b, status_text(a->code));
     bb_str(&b, "\r\nDate: ");
     bb_put(&b, http_date());
-    if (cors)
-        bb_str(&b, "\r\nContent-Type: application/json"
-            "\r\nAccess-Control-Allow-Origin: *"
+    if (json)
+        bb_str(&b, "\r\nContent-Type: application/json");
+    if (json && c->route->who <= FOR_USER)
+        bb_str(&b, "\r\nAccess-Control-Allow-Origin: *"
             "\r\nAccess-Control-Allow-Methods: POST"
             "\r\nAccess-Control-Allow-Headers: Accept, Content-Type, "
             "Content-Length, Accept-Encoding, X-CSRF-Token");
@@ -11555,7 +12674,8 @@ static const struct route *route_find(sl path, bool is_metrics)
         && plain.len > cfg.prefix.len && plain.p[cfg.prefix.len] == '/')
         plain = sl_skip(plain, cfg.prefix.len);
     for (const struct route *r = route_tab; r->path; r++)
-        if (r->is_metrics == is_metrics && sl_eq(plain, sl_str(r->path)))
+        if (r->is_metrics == is_metrics && route_is_on(r)
+            && sl_eq(plain, sl_str(r->path)))
             return r;
     return NULL;
 }
@@ -11564,7 +12684,7 @@ static void conn_not_found(struct conn *c, sl path, int64_t now)
 {
     bool hint = false;
     for (const struct route *r = route_tab; r->path; r++)
-        hint |= sl_ends(path, sl_str(r->path));
+        hint |= route_is_on(r) && sl_ends(path, sl_str(r->path));
     LOG(hint ? EV_PREFIX_HINT : EV_NOT_FOUND,
         KV("req", ((sl){ c->req, c->req_len })), KV("path", path));
     conn_answer(c, &(struct answer){ 404,
@@ -11578,7 +12698,7 @@ static uint8_t method_bit(sl method)
     return sl_eq(method, SL("POST")) ? M_POST
         : sl_eq(method, SL("GET")) ? M_GET
         : sl_eq(method, SL("HEAD")) ? M_HEAD
-        : sl_eq(method, SL("OPTIONS")) ? M_OPTIONS : 0;
+        : sl_eq(method, SL("OPTIONS")) ? M_OPTIONS : M_OTHER;
 }
 
 /* The request is complete: answer, or start what answers. */
@@ -11593,7 +12713,8 @@ static void conn_dispatch(struct conn *c, int64_t now)
         conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
     } else if (!c->route) {
         conn_not_found(c, h1_path(target), now);
-    } else if (c->route->is_cors && bit == M_OPTIONS) {
+    } else if (c->route->is_json && bit == M_OPTIONS
+               && c->route->methods != M_ANY) {
         conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
     } else if (!(c->route->methods & bit)) {
         conn_answer(c, &(struct answer){ 405, c->route->allow,
@@ -11637,7 +12758,7 @@ static void conn_body_failed(struct conn *c, enum event ev, int64_t now)
     LOG(ev, KV("req", ((sl){ c->req, c->req_len })));
     if (!c->route || !(c->route->methods & M_POST) || bit != M_POST)
         conn_dispatch(c, now);
-    else if (!c->route->is_cors)
+    else if (!c->route->is_json)
         conn_answer(c, &(struct answer){ ev == EV_BODY_LIMIT ? 200 : 503, "",
             { NULL, 0 } }, now);
     else
@@ -11670,6 +12791,53 @@ static bool webhook_refused(struct conn *c, struct h1_body body, int64_t now)
     LOG(EV_WEBHOOK_BAD, KV("req", ((sl){ c->req, c->req_len })),
         KV("reason", sl_str(why)));
     conn_answer(c, &(struct answer){ 200, "", { NULL, 0 } }, now);
+    return true;
+}
+
+/* Whether a request bears the homeserver's token: one Authorization field,
+ * compared by its hash, which tells nothing of its length either.
+ * GRANTS: that the headers say who asks.
+ * Returns  RE_CNT: it does; else what the client is told. */
+MUST_USE static enum reply as_is_homeserver(const struct conn *c)
+{
+    sl in = { conn_in[conn_idx(c)], c->in_len };
+    sl value = h1_get(in, &c->head, H1_AUTHORIZATION);
+    uint8_t sum[32];
+    if (c->head.seen[H1_AUTHORIZATION] == 0 || value.len <= 7
+        || !sl_ieq((sl){ value.p, 7 }, SL("Bearer ")))
+        return RE_NO_TOKEN;
+    sha256(sl_skip(value, 7), sum);
+    bool same = ct_eq(sum, cfg.hs_token_sum, 32);
+    return same && c->head.seen[H1_AUTHORIZATION] == 1 ? RE_CNT
+        : RE_WRONG_TOKEN;
+}
+
+/* The one value of an identity header, else an empty one. */
+static sl as_header(const struct conn *c, enum h1_field f)
+{
+    return c->head.seen[f] == 1 ? h1_get((sl){ conn_in[conn_idx(c)],
+        c->in_len }, &c->head, f) : (sl){ NULL, 0 };
+}
+
+/* A request that is not the homeserver's, or does not say for whom, is
+ * refused before its body is read. True: it was, and is answered. */
+static bool as_refused(struct conn *c, int64_t now)
+{
+    enum reply re = as_is_homeserver(c);
+    bool named = c->route->who == FOR_HOMESERVER
+        || as_header(c, c->route->who == FOR_USER ? H1_MATRIX_USER
+                     : H1_MATRIX_ORIGIN).len > 0;
+    if (re == RE_CNT && named)
+        return false;
+    if (!c->body.is_done) {
+        c->is_keep = false;
+        c->is_refused = true;
+    }
+    LOG(re == RE_CNT ? EV_AS_IDENTITY_BAD : EV_AS_TOKEN_BAD,
+        KV("req", ((sl){ c->req, c->req_len })),
+        KV("route", sl_str(c->route->path)), KV("reason", re == RE_NO_TOKEN
+            ? SL("missing") : re == RE_CNT ? SL("header") : SL("wrong")));
+    conn_error(c, re == RE_CNT ? RE_UNAUTHORIZED : re, NULL, now);
     return true;
 }
 
@@ -11731,7 +12899,7 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_is_metrics(c));
     conn_request_id(c, in);
     conn_client(c, in);
-    if (c->is_proxy && c->has_client && c->route && c->route->is_cors
+    if (c->is_proxy && c->has_client && c->route && c->route->is_json
         && conn_addr_full(&c->client, c)) {
         c->is_keep = false;
         c->is_refused = true;
@@ -11739,7 +12907,7 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         conn_error(c, RE_BUSY, NULL, now);
         return;
     }
-    if (conn_is_lane(c) && (!c->route || c->route->is_cors)) {
+    if (conn_is_lane(c) && (!c->route || c->route->is_json)) {
         if (!c->route) {
             conn_refuse(c, EV_CONN_FULL, now);
             return;
@@ -11764,6 +12932,8 @@ static void conn_head(struct conn *c, size_t head_len, int64_t now)
         return;
     }
     if (wanted && c->route->body_cap && webhook_refused(c, body, now))
+        return;
+    if (wanted && c->route->who != FOR_ANYONE && as_refused(c, now))
         return;
     if (has_expect && !c->body.is_done && c->in_len == head_len) {
         sl go = SL("HTTP/1.1 100 Continue\r\n\r\n");
@@ -12028,20 +13198,40 @@ static void srv_sfu_get(struct conn *c, int64_t now);
 static void srv_delegate(struct conn *c, int64_t now);
 static void srv_webhook(struct conn *c, int64_t now);
 
+static void srv_as_user(struct conn *c, int64_t now);
+static void srv_as_server(struct conn *c, int64_t now);
+static void srv_as_delegate(struct conn *c, int64_t now);
+static void srv_as_ping(struct conn *c, int64_t now);
+
+#define AS_ROUTES(side, path, label, start, who) \
+    { "/_matrix/" side "/v1/rtc/livekit/" path, \
+      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, start, \
+      who }, \
+    { "/_matrix/" side "/unstable/io.element.msc4195/rtc/livekit/" path, \
+      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, start, \
+      who }
+
 static const struct route route_tab[] = {
     { "/get_token", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
-      RL_GET_TOKEN, srv_get_token },
+      RL_GET_TOKEN, srv_get_token, FOR_ANYONE },
     { "/sfu/get", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
-      RL_SFU_GET, srv_sfu_get },
+      RL_SFU_GET, srv_sfu_get, FOR_ANYONE },
     { "/delegate_delayed_leave", "Allow: OPTIONS, POST\r\n", M_POST, true, 0,
-      false, RL_DELEGATE, srv_delegate },
+      false, RL_DELEGATE, srv_delegate, FOR_ANYONE },
     { "/sfu_webhook", "Allow: POST\r\n", M_POST, false, LIM_HUGE_LEN, false,
-      RL_WEBHOOK, srv_webhook },
+      RL_WEBHOOK, srv_webhook, FOR_ANYONE },
     { "/healthz", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, false,
-      RL_HEALTHZ, srv_healthz },
+      RL_HEALTHZ, srv_healthz, FOR_ANYONE },
     { "/metrics", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, true,
-      RL_METRICS, srv_metrics },
-    { NULL, NULL, 0, false, 0, false, RL_OTHER, NULL },
+      RL_METRICS, srv_metrics, FOR_ANYONE },
+    AS_ROUTES("client", "get_token", RL_AS_CLIENT, srv_as_user, FOR_USER),
+    AS_ROUTES("client", "delegate_delayed_leave", RL_AS_DELEGATE,
+              srv_as_delegate, FOR_USER),
+    AS_ROUTES("federation", "get_token", RL_AS_SERVER, srv_as_server,
+              FOR_SERVER),
+    { "/_matrix/app/v1/ping", "", M_ANY, true, 0, false, RL_AS_PING,
+      srv_as_ping, FOR_HOMESERVER },
+    { NULL, NULL, 0, false, 0, false, RL_OTHER, NULL, FOR_ANYONE },
 };
 
 /* ---- the token exchange ----------------------------------------------
@@ -12054,13 +13244,16 @@ static const struct route route_tab[] = {
  * X6  X_API        section 18, APIs X3, reply     400 in time
  * X7  X_STORE      Redis            reply         reply: memory has it
  * X8  X_FOLLOW     another's X2, X3 as that one   as that one
- * X6 stands between X2 and X3 when a delayed event is handed over. X8 is
- * for the second who shows a token that is being looked up, or wants a room
- * that is being created.
+ * X9  X_INQUIRY    section 21a      X9, X3, reply reply
+ * Requests that the homeserver passes on begin with X9. X6 stands between
+ * X2 and X3 when a delayed event is handed over. X8 is for the second who
+ * shows a token that is being looked up, or wants a room that is being
+ * created.
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
-    X_ROOM_PAUSE, X_API, X_STORE, X_FOLLOW };
-enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE };
+    X_ROOM_PAUSE, X_API, X_STORE, X_FOLLOW, X_INQUIRY };
+enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE,
+    EP_AS_USER, EP_AS_SERVER, EP_AS_DELEGATE };
 
 /* A token request's members; slices borrow from the request body. */
 struct request {
@@ -12068,6 +13261,7 @@ struct request {
     sl member_id, claimed_user_id, claimed_device_id;
     sl access_token, server_name, token_type;
     struct js_int expires_in, delay_timeout;
+    sl url, user_id, old_member_id;  /* of the homeserver's requests */
 };
 
 /* One exchange; slot i serves conn i (INV-V2).
@@ -12078,6 +13272,10 @@ static struct exchange {
     enum endpoint endpoint;
     bool is_full, is_listed, is_known, has_retried;
     bool is_asked;                   /* for the room: its rate is charged */
+    bool is_member;                  /* so says the homeserver */
+    bool has_relayed;                /* by the unstable path, in vain */
+    uint8_t asks;                    /* what is yet to be proven, by bit */
+    struct inquiry *inq;
     uint16_t leader, follower_cnt;   /* leader is index + 1, 0: it is over */
     bool led_ok;                     /* how it went: if not, why, and what */
     enum event led_why;              /* the client is told */
@@ -12092,8 +13290,12 @@ static struct exchange {
     uint8_t user_len, user[LIM_ID_LEN];
     uint8_t alias[HASH_NAME_LEN];
 } exchange_pool[LIM_SLOT_CNT];
-static uint8_t exchange_states[LIM_SLOT_CNT];    /* the same, for scans */
+/* The same, for scans: exchange_set keeps it. */
+static uint8_t exchange_states[LIM_SLOT_CNT];
+static struct { uint64_t dest, turn, room; int64_t since;
+    bool is_listed, is_known, is_proven; } exchange_hot[LIM_SLOT_CNT];
 static uint64_t exchange_turn;       /* of the last that waited and went on */
+static bool exchange_starved;        /* slots are short, not one server's */
 static size_t exchange_room_cnt;                 /* in X3 to X5 */
 
 #define AT(member) offsetof(struct request, member)
@@ -12120,8 +13322,6 @@ static const struct js_field get_token_field[] = {
     { "delay_cs_api_url", JS_ANY, 0, NULL },
 };
 /* /delegate_delayed_leave takes the same members. */
-static const struct js_table get_token_table = { get_token_field,
-    COUNT_OF(get_token_field), true, true };
 static const struct js_field sfu_get_field[] = {
     { "room", JS_STRING, AT(room), NULL },
     { "openid_token", JS_OBJECT, 0, &openid_table },
@@ -12131,25 +13331,65 @@ static const struct js_field sfu_get_field[] = {
     { "delay_cs_api_url", JS_ANY, 0, NULL },
     { "remove_me_user_id", JS_ANY, 0, NULL },
 };
-static const struct js_table sfu_get_table = { sfu_get_field,
-    COUNT_OF(sfu_get_field), true, true };
+/* What the homeserver passes on: the MSC's members, and the `member` that
+ * older clients send. */
+static const struct js_field as_member_field[] = {
+    { "id", JS_STRING, AT(old_member_id), NULL },
+    { "claimed_user_id", JS_STRING, AT(claimed_user_id), NULL },
+    { "claimed_device_id", JS_STRING, AT(claimed_device_id), NULL },
+};
+static const struct js_table as_member_table = { as_member_field, 3, true,
+    false };
+#define AS_FIELDS \
+    { "room_id", JS_STRING, AT(room_id), NULL }, \
+    { "slot_id", JS_STRING, AT(slot_id), NULL }, \
+    { "member_id", JS_STRING, AT(member_id), NULL }, \
+    { "member", JS_OBJECT, 0, &as_member_table }, \
+    { "url", JS_STRING, AT(url), NULL }, \
+    { "delay_cs_api_url", JS_ANY, 0, NULL }
+static const struct js_field as_user_field[] = { AS_FIELDS,
+    { "server_name", JS_STRING, AT(server_name), NULL } };
+static const struct js_field as_server_field[] = { AS_FIELDS,
+    { "user_id", JS_STRING, AT(user_id), NULL } };
+static const struct js_field as_delegate_field[] = { AS_FIELDS,
+    { "delay_id", JS_STRING, AT(delay_id), NULL } };
+
+static const struct js_table request_tab[] = {
+    [EP_GET_TOKEN] = { get_token_field, COUNT_OF(get_token_field), true,
+        true },
+    [EP_SFU_GET] = { sfu_get_field, COUNT_OF(sfu_get_field), true, true },
+    [EP_DELEGATE] = { get_token_field, COUNT_OF(get_token_field), true,
+        true },
+    [EP_AS_USER] = { as_user_field, COUNT_OF(as_user_field), true, true },
+    [EP_AS_SERVER] = { as_server_field, COUNT_OF(as_server_field), true,
+        true },
+    [EP_AS_DELEGATE] = { as_delegate_field, COUNT_OF(as_delegate_field),
+        true, true },
+};
 
 /* Members that must be there, in the order of PROTOCOL section 4. */
+enum { IN_NEW = 1 << EP_GET_TOKEN | 1 << EP_DELEGATE,
+    IN_OLD = 1 << EP_SFU_GET, IN_SERVER = 1 << EP_AS_SERVER,
+    IN_AS = 1 << EP_AS_USER | IN_SERVER | 1 << EP_AS_DELEGATE };
 static const struct { const char *text; size_t at; size_t cap;
-    bool in_new, in_legacy, optional; } field_tab[] = {
-    { "room_id", AT(room_id), LIM_ID_LEN, true, false, false },
-    { "slot_id", AT(slot_id), LIM_OTHER_LEN, true, false, false },
-    { "room", AT(room), LIM_ID_LEN, false, true, false },
-    { "member.id", AT(member_id), LIM_OTHER_LEN, true, false, false },
-    { "member.claimed_user_id", AT(claimed_user_id), LIM_ID_LEN, true, false,
+    uint8_t in; bool optional; } field_tab[] = {
+    { "room_id", AT(room_id), LIM_ID_LEN, IN_NEW | IN_AS, false },
+    { "slot_id", AT(slot_id), LIM_OTHER_LEN, IN_NEW | IN_AS, false },
+    { "room", AT(room), LIM_ID_LEN, IN_OLD, false },
+    { "member.id", AT(member_id), LIM_OTHER_LEN, IN_NEW, false },
+    { "member.claimed_user_id", AT(claimed_user_id), LIM_ID_LEN, IN_NEW,
       false },
-    { "member.claimed_device_id", AT(claimed_device_id), LIM_OTHER_LEN, true,
-      false, false },
-    { "openid_token.access_token", AT(access_token), LIM_TOKEN_LEN, true,
-      true, false },
+    { "member.claimed_device_id", AT(claimed_device_id), LIM_OTHER_LEN,
+      IN_NEW, false },
+    { "openid_token.access_token", AT(access_token), LIM_TOKEN_LEN,
+      IN_NEW | IN_OLD, false },
     { "openid_token.matrix_server_name", AT(server_name), LIM_OTHER_LEN,
-      true, true, false },
-    { "device_id", AT(device_id), LIM_OTHER_LEN, false, true, true },
+      IN_NEW | IN_OLD, false },
+    { "device_id", AT(device_id), LIM_OTHER_LEN, IN_OLD, true },
+    { "member_id", AT(member_id), LIM_OTHER_LEN, IN_AS, false },
+    { "url", AT(url), LIM_URL_LEN, IN_AS, false },
+    { "user_id", AT(user_id), LIM_ID_LEN, IN_SERVER, false },
+    { "server_name", AT(server_name), LIM_OTHER_LEN, 1 << EP_AS_USER, true },
 };
 #undef AT
 
@@ -12164,8 +13404,7 @@ MUST_USE static bool request_check_fields(struct conn *c,
 {
     char text[80];
     for (size_t i = 0; i < COUNT_OF(field_tab); i++) {
-        if (!(x->endpoint == EP_SFU_GET ? field_tab[i].in_legacy
-                                        : field_tab[i].in_new))
+        if (!(field_tab[i].in >> x->endpoint & 1))
             continue;
         sl v = *(const sl *)(const void *)((const uint8_t *)&x->r
                                            + field_tab[i].at);
@@ -12188,7 +13427,8 @@ MUST_USE static bool request_check_delay(struct conn *c,
     const struct exchange *x, int64_t now)
 {
     const struct request *r = &x->r;
-    bool required = x->endpoint == EP_DELEGATE;
+    bool as = x->endpoint == EP_AS_DELEGATE;     /* it is looked up */
+    bool required = x->endpoint == EP_DELEGATE || as;
     bool has_id = r->delay_id.len > 0;
     bool has_timeout = r->delay_timeout.is_set
         && (r->delay_timeout.over || r->delay_timeout.v != 0);
@@ -12199,7 +13439,7 @@ MUST_USE static bool request_check_delay(struct conn *c,
     } else if (has_timeout && bad_timeout) {
         text = "Invalid parameter: delay_timeout";
         field = "delay_timeout";
-    } else if (has_id && !has_timeout) {
+    } else if (has_id && !has_timeout && !as) {
         text = "Missing parameter: delay_timeout";
         field = "delay_timeout";
     } else if (!has_id && (has_timeout || required)) {
@@ -12236,32 +13476,67 @@ static uint64_t exchange_next_turn(const struct exchange *x)
     const struct conn *c = exchange_conn(x);
     uint64_t turn = exchange_turn;
     for (size_t i = 0; c->has_client && i < LIM_SLOT_CNT; i++)
-        if (exchange_states[i] == X_WAIT && conn_pool[i].has_client
-            && exchange_pool[i].turn >= turn
+        if (exchange_states[i] == X_WAIT && exchange_hot[i].turn >= turn
+            && conn_pool[i].has_client
             && addr_same(&conn_pool[i].client, &c->client))
-            turn = exchange_pool[i].turn + 1;
+            turn = exchange_hot[i].turn + 1;
     return turn;
 }
 
-/* Wake the exchange that has waited longest in a state, clients by turns,
- * of one server unless dest is 0; for a lookup's slot, of those that may
- * have it. */
-static void exchange_wake(enum exchange_state state, uint64_t dest)
+/* Whether i has waited longer than k, clients taking turns. */
+static bool exchange_before(size_t i, size_t k)
 {
-    struct exchange *best = NULL;
-    if (met.gauge[GA_WAITING] == 0)
-        return;
-    for (size_t i = 0; i < LIM_SLOT_CNT; i++) {
-        struct exchange *x = &exchange_pool[i];
-        if (exchange_states[i] == state && (dest == 0 || x->dest == dest)
-            && (!best || x->turn < best->turn
-                || (x->turn == best->turn && x->since < best->since))
-            && (state != X_WAIT || lookup_has_room(x->is_listed,
-                                                   x->is_known)))
-            best = x;
+    return exchange_hot[i].turn < exchange_hot[k].turn
+        || (exchange_hot[i].turn == exchange_hot[k].turn
+            && exchange_hot[i].since < exchange_hot[k].since);
+}
+
+/* Wake the exchange that has waited longest in a state. */
+static void exchange_wake(enum exchange_state state)
+{
+    size_t best = LIM_SLOT_CNT;
+    for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
+        if (exchange_states[i] == state
+            && (best == LIM_SLOT_CNT || exchange_before(i, best)))
+            best = i;
+    if (best < LIM_SLOT_CNT)
+        loop_wake(KIND_EXCHANGE, best);
+}
+
+/* Of those that wait for a lookup's slot and may have it wake who has waited
+ * longest; of one server, or with 0 of any. */
+static void exchange_wake_next(uint64_t dest)
+{
+    size_t best = LIM_SLOT_CNT;
+    uint64_t judged = 0;                 /* many wait for the same server */
+    bool may = false;
+    if (dest == 0)
+        exchange_starved = false;
+    for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT
+         && (may || !dest || judged != dest); i++) {
+        uint64_t to = exchange_hot[i].dest;
+        bool listed = exchange_hot[i].is_listed;
+        bool known = exchange_hot[i].is_known;
+        if (exchange_states[i] != X_WAIT || (dest && to != dest)
+            || (best < LIM_SLOT_CNT && !exchange_before(i, best)))
+            continue;
+        may = to == judged ? may : lookup_has_slot(to, listed, known);
+        judged = to;
+        best = may ? i : best;
+        exchange_starved |= !may && !lookup_has_room(listed, known);
     }
-    if (best)
-        loop_wake(KIND_EXCHANGE, (size_t)(best - exchange_pool));
+    if (best < LIM_SLOT_CNT)
+        loop_wake(KIND_EXCHANGE, best);
+    exchange_starved |= dest == 0 && best < LIM_SLOT_CNT;
+}
+
+/* A lookup began or ended: who of its server may have the next slot, and
+ * who of all? */
+static void exchange_wake_waiting(uint64_t dest)
+{
+    exchange_wake_next(dest);
+    if (exchange_starved)
+        exchange_wake_next(0);
 }
 
 static void exchange_drop(struct exchange *x, int64_t now)
@@ -12269,14 +13544,16 @@ static void exchange_drop(struct exchange *x, int64_t now)
     if (x->lookup) {
         lookup_close(x->lookup, now);
         x->lookup = NULL;
-        exchange_wake(X_WAIT, x->dest);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_waiting(x->dest);
     }
     if (x->up) {
         up_close(x->up, now);
         x->up = NULL;
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
     }
+    if (x->inq)
+        inq_close(x->inq, now);
+    x->inq = NULL;
 }
 
 static bool exchange_in_room(enum exchange_state s)
@@ -12290,7 +13567,15 @@ static void exchange_set(struct exchange *x, enum exchange_state state)
     met.gauge[GA_WAITING] += state == X_WAIT || state == X_ROOM_WAIT;
     exchange_room_cnt -= exchange_in_room(x->state);
     exchange_room_cnt += exchange_in_room(state);
-    exchange_states[x - exchange_pool] = (uint8_t)state;
+    size_t i = (size_t)(x - exchange_pool);
+    exchange_states[i] = (uint8_t)state;
+    exchange_hot[i].dest = x->dest;
+    exchange_hot[i].turn = x->turn;
+    exchange_hot[i].room = be64(x->alias);
+    exchange_hot[i].since = x->since;
+    exchange_hot[i].is_listed = x->is_listed;
+    exchange_hot[i].is_known = x->is_known;
+    exchange_hot[i].is_proven = x->is_full || x->is_member;
     x->state = state;
     exchange_watch(x);
 }
@@ -12329,10 +13614,13 @@ static void exchange_follow(struct exchange *x, size_t leader)
 /* Who asks already whose token x shows, or LIM_SLOT_CNT. */
 static size_t exchange_find_lookup(const struct exchange *x)
 {
-    for (size_t i = 0; i < LIM_UP_CNT; i++) {
+    uint64_t tail = token_tail(x->r.access_token);
+    int64_t left = lookup_active;
+    for (size_t i = 0; left && i < LIM_UP_CNT; i++) {
         const struct lookup *l = &lookup_pool[i];
+        left -= lookup_hot[i].is_used;
         if (lookup_hot[i].is_used && lookup_hot[i].dest == x->dest
-            && l->owner == KIND_EXCHANGE
+            && lookup_hot[i].tail == tail && l->owner == KIND_EXCHANGE
             && l->state != L_DONE && l->state != L_FAILED
             && sl_eq(l->name.whole, x->name.whole)
             && sl_eq(l->token, x->r.access_token))
@@ -12344,11 +13632,16 @@ static size_t exchange_find_lookup(const struct exchange *x)
 /* Who creates the room of x already, or LIM_SLOT_CNT. */
 static size_t exchange_find_room(const struct exchange *x)
 {
-    for (size_t i = 0; exchange_room_cnt && i < LIM_SLOT_CNT; i++)
-        if (exchange_in_room((enum exchange_state)exchange_states[i])
-            && &exchange_pool[i] != x
+    uint64_t room = be64(x->alias);
+    for (size_t i = 0, left = exchange_room_cnt; left && i < LIM_SLOT_CNT;
+         i++) {
+        if (!exchange_in_room((enum exchange_state)exchange_states[i]))
+            continue;
+        left--;
+        if (exchange_hot[i].room == room && &exchange_pool[i] != x
             && memcmp(exchange_pool[i].alias, x->alias, HASH_NAME_LEN) == 0)
             return i;
+    }
     return LIM_SLOT_CNT;
 }
 
@@ -12409,7 +13702,9 @@ MUST_USE static bool exchange_identity(const struct exchange *x,
     }
     sl part[] = { user, x->r.claimed_device_id, x->r.member_id };
     uint8_t name[HASH_NAME_LEN];
-    if (!jwt_hash_name(part, 3, name))
+    if (x->endpoint >= EP_AS_USER)       /* PROTOCOL section 17 */
+        part[1] = part[2];
+    if (!jwt_hash_name(part, x->endpoint >= EP_AS_USER ? 2 : 3, name))
         return false;
     bb_put(work, (sl){ name, sizeof name });
     return !work->over;
@@ -12422,6 +13717,16 @@ MUST_USE static bool exchange_alias(struct exchange *x)
     return jwt_hash_name(part, 2, x->alias);
 }
 
+/* Whether one more participant by the homeserver can be watched. */
+MUST_USE static bool exchange_seat(const struct exchange *x, sl identity,
+    int64_t now)
+{
+    struct seat_params p = { { x->alias, HASH_NAME_LEN }, identity,
+        x->r.room_id, { x->user, x->user_len }, x->name.whole,
+        x->endpoint == EP_AS_SERVER };
+    return x->endpoint < EP_AS_USER || seat_take(&p, now);
+}
+
 /* Sign the join token and answer. */
 static void exchange_grant(struct exchange *x, int64_t now)
 {
@@ -12429,20 +13734,30 @@ static void exchange_grant(struct exchange *x, int64_t now)
     uint8_t identity[LIM_ID_LEN + 1 + LIM_OTHER_LEN], took[20];
     struct conn *c = exchange_conn(x);
     struct bb id = BB(identity), p = BB(payload), b = BB(body);
-    sl text, who;
+    bool as = x->endpoint >= EP_AS_USER;
+    sl text, who = { NULL, 0 };
     bool ok = exchange_identity(x, &id) && bb_finish(&id, &who);
+    if (ok && !exchange_seat(x, who, now)) {
+        exchange_fail(x, EV_SEATS_FULL, RE_LIMITED, now);
+        return;
+    }
     if (ok) {
         struct grant g = { cfg.key[0].name, who,
             { x->alias, HASH_NAME_LEN }, io_wall_ms() / 1000,
-            cfg.token_ttl_s, x->is_full || cfg.restricted_publish,
+            as && cfg.token_ttl_s > LIM_AS_TTL_S ? LIM_AS_TTL_S
+                : cfg.token_ttl_s, x->is_full || cfg.restricted_publish,
             cfg.can_update };
         jwt_put_join(&p, &g);
         ok = bb_finish(&p, &text);
     }
     if (ok) {
-        bb_str(&b, "{\"url\":");
-        js_put_str(&b, cfg.livekit_url, false);
-        bb_str(&b, ",\"jwt\":\"");
+        bb_byte(&b, '{');
+        if (!as) {
+            bb_str(&b, "\"url\":");
+            js_put_str(&b, cfg.livekit_url, false);
+            bb_byte(&b, ',');
+        }
+        bb_str(&b, "\"jwt\":\"");
         jwt_sign(&b, &cfg.key[0].sec_key, text);
         bb_str(&b, "\"}");
         ok = bb_finish(&b, &text);
@@ -12495,12 +13810,13 @@ static bool exchange_new_room(struct exchange *x, int64_t now)
         && rate_ok(memo_key('R', x->name.whole), &cfg.rate_room_server, now);
 }
 
-/* Create the room on the SFU; only for full access. */
+/* Create the room on the SFU; only for full access, or a member. */
 static void exchange_room(struct exchange *x, int64_t now)
 {
     size_t leader = exchange_find_room(x);
-    must(x->is_full);
-    if (!exchange_in_room(x->state) && leader < LIM_SLOT_CNT) {
+    must(x->is_full || x->is_member);
+    if (!exchange_in_room(x->state) && leader < LIM_SLOT_CNT
+        && exchange_pool[leader].end <= x->end) {
         exchange_follow(x, leader);
         return;
     }
@@ -12512,22 +13828,22 @@ static void exchange_room(struct exchange *x, int64_t now)
         LOG(EV_BREAKER_OPEN, KV("req", request_id(exchange_conn(x))),
             KV("target", SL("sfu")), KV("server", cfg.api.url.name.whole));
         exchange_fail(x, EV_NONE, RE_SFU, now);
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
         return;
     }
     x->up = lk_open(KIND_EXCHANGE, (uint16_t)(x - exchange_pool),
         lk_build_room, x->end, now);
     exchange_set(x, x->up ? X_ROOM : X_ROOM_WAIT);
     if (x->up)
-        exchange_wake(X_ROOM_WAIT, 0);
+        exchange_wake(X_ROOM_WAIT);
 }
 
 /* A refusal whose status differs between token endpoints and delegation. */
 static void exchange_refuse(struct exchange *x, enum event ev,
     enum reply token_re, enum reply delegate_re, int64_t now)
 {
-    exchange_fail(x, ev, x->endpoint == EP_DELEGATE ? delegate_re : token_re,
-        now);
+    exchange_fail(x, ev, x->endpoint == EP_DELEGATE
+        || x->endpoint == EP_AS_DELEGATE ? delegate_re : token_re, now);
 }
 
 /* The job that this exchange asks for. ids has room for both identities. */
@@ -12539,7 +13855,10 @@ MUST_USE static bool exchange_job(const struct exchange *x,
     sl user = { x->user, x->user_len };
     if (!exchange_identity(x, &first))
         return false;
-    if (x->endpoint != EP_SFU_GET) {      /* it may have joined by /sfu/get */
+    bool is_owned = x->endpoint == EP_AS_DELEGATE;
+    if (is_owned) {
+        bb_put(&second, user);
+    } else if (x->endpoint != EP_SFU_GET) {  /* it may have joined by that */
         bb_put(&second, user);
         bb_byte(&second, ':');
         bb_put(&second, x->r.claimed_device_id);
@@ -12551,7 +13870,7 @@ MUST_USE static bool exchange_job(const struct exchange *x,
         .identity = { { ids[0], first.len },
                       { ids[1], second.over ? 0 : second.len } },
         .server = x->name.whole, .delay_id = x->r.delay_id, .user = user,
-        .timeout_ms = t };
+        .timeout_ms = t, .is_owned = is_owned };
     return true;
 }
 
@@ -12591,7 +13910,7 @@ static void exchange_delegate(struct exchange *x, int64_t now)
         exchange_set(x, X_API);
     } else if (got != RES_OK) {
         exchange_fail(x, EV_API_UNKNOWN, RE_NO_API, now);
-    } else if (x->endpoint == EP_DELEGATE) {
+    } else if (x->endpoint == EP_DELEGATE || x->endpoint == EP_AS_DELEGATE) {
         exchange_accept(x, now);
     } else {
         x->end = exchange_room_end(x, now);
@@ -12602,7 +13921,7 @@ static void exchange_delegate(struct exchange *x, int64_t now)
 /* The job has begun: answer. */
 static void exchange_delegated(struct exchange *x, int64_t now)
 {
-    if (x->endpoint != EP_DELEGATE) {
+    if (x->endpoint != EP_DELEGATE && x->endpoint != EP_AS_DELEGATE) {
         exchange_grant(x, now);
         return;
     }
@@ -12694,7 +14013,7 @@ static void exchange_step_follow(struct exchange *x, int64_t now)
         return;
     if (!x->led_ok)
         exchange_fail(x, x->led_why, x->led_re, now);
-    else if (x->is_full)
+    else if (x->is_full || x->is_member)
         exchange_roomed(x, now);
     else
         exchange_verified(x, now);
@@ -12719,9 +14038,10 @@ static void exchange_step_room(struct exchange *x, int64_t now)
         exchange_roomed(x, now);
         return;
     }
-    lk_log(u, request_id(c));
+    enum event why = lk_log(u, request_id(c));
     exchange_drop(x, now);
     if (!passing || x->has_retried || now + LIM_RETRY_MS >= x->end) {
+        exchange_lead(x, false, why, RE_SFU);
         exchange_fail(x, EV_NONE, RE_SFU, now);
         return;
     }
@@ -12735,7 +14055,7 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 {
     struct lookup *l = x->lookup;
     if (l->state == L_FAILED) {
-        exchange_fail(x, EV_NONE, l->why == EV_TLS_BUDGET ? RE_LIMITED
+        exchange_fail(x, EV_NONE, up_was_held(l->why) ? RE_LIMITED
             : RE_UNAUTHORIZED, now);
     } else if (l->state == L_DONE) {
         x->user_len = (uint8_t)l->user.len;
@@ -12749,6 +14069,7 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 /* Wait a second, or for a wake. */
 static void exchange_queue(struct exchange *x, int64_t now)
 {
+    exchange_starved |= !lookup_has_room(x->is_listed, x->is_known);
     x->end = now + 1000;
     exchange_set(x, X_WAIT);
 }
@@ -12759,14 +14080,13 @@ static void exchange_admit(struct exchange *x, int64_t now)
     struct conn *c = exchange_conn(x);
     if (now >= x->since + cfg.lookup_ms) {
         exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_next(0);
         return;
     }
     size_t leader = exchange_find_lookup(x);
     if (leader < LIM_SLOT_CNT) {
         exchange_follow(x, leader);
-        exchange_wake(X_WAIT, x->dest);
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_waiting(x->dest);
         return;
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
@@ -12781,8 +14101,262 @@ static void exchange_admit(struct exchange *x, int64_t now)
     x->turn = 0;
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
-    exchange_wake(X_WAIT, x->dest);       /* until nobody can be admitted */
-    exchange_wake(X_WAIT, 0);
+    exchange_wake_waiting(x->dest);      /* until nobody can be admitted */
+}
+
+/* ---- requests that the homeserver passes on (MSC4195 as of its homeserver
+ * endpoints, MSC4512): as_is_homeserver has proven that its headers hold.
+ */
+enum { PROVE_USER = 1, PROVE_SERVER = 2 };   /* joined to the room */
+
+static void exchange_wake_inquiry(size_t inq)
+{
+    for (size_t i = 0; i < LIM_SLOT_CNT; i++)
+        if (exchange_states[i] == X_INQUIRY
+            && exchange_pool[i].inq == &inq_pool[inq])
+            loop_wake(KIND_EXCHANGE, i);
+}
+
+static void as_wait(struct exchange *x, struct inquiry *q, int64_t now)
+{
+    x->inq = q;
+    x->end = INT64_MAX;                  /* the question has its own */
+    if (q)
+        exchange_set(x, X_INQUIRY);
+    else
+        exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
+}
+
+/* By when a question of x must be answered. */
+static int64_t as_end(const struct exchange *x, int64_t now)
+{
+    int64_t end = x->since + LIM_AS_MS;
+    return now + LIM_INQ_MS < end ? now + LIM_INQ_MS : end;
+}
+
+/* Whether a client wants the SFU of another homeserver. */
+static bool as_is_remote(const struct exchange *x)
+{
+    return x->endpoint == EP_AS_USER && x->r.server_name.len
+        && !sl_eq(x->r.server_name, cfg.hs_name.whole);
+}
+
+/* What is passed on to another homeserver: its get_token for servers. */
+static void as_build_relay(uint16_t idx, struct bb *b)
+{
+    const struct exchange *x = &exchange_pool[idx];
+    const struct { const char *name; sl value; } part[] = {
+        { "{\"destination\":", x->r.server_name },
+        { ",\"method\":\"POST\",\"path\":", x->has_relayed
+          ? SL("/_matrix/federation/v1/rtc/livekit/get_token")
+          : SL("/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/"
+               "get_token") },
+        { ",\"body\":{\"user_id\":", { x->user, x->user_len } },
+        { ",\"url\":", x->r.url }, { ",\"room_id\":", x->r.room_id },
+        { ",\"slot_id\":", x->r.slot_id },
+        { ",\"member_id\":", x->r.member_id } };
+    for (size_t i = 0; i < COUNT_OF(part); i++) {
+        bb_str(b, part[i].name);
+        js_put_str(b, part[i].value, false);
+    }
+    bb_str(b, "}}");
+}
+
+static void as_relay(struct exchange *x, int64_t now)
+{
+    struct inquiry *q = inq_open(INQ_RELAY, SL(""), SL(""),
+        x->since + LIM_AS_MS);
+    if (q) {
+        q->build_body = as_build_relay;
+        q->body_idx = (uint16_t)(x - exchange_pool);
+    }
+    as_wait(x, q, now);
+}
+
+/* All is proven: the user is in the room, and so is the other server where
+ * one takes part.
+ * GRANTS: room creation and a token; publishing to our own users. */
+static void as_proven(struct exchange *x, int64_t now)
+{
+    must(x->asks == 0);
+    if (as_is_remote(x)) {
+        as_relay(x, now);
+        return;
+    }
+    x->is_member = true;
+    x->is_full = x->endpoint == EP_AS_USER;
+    x->end = exchange_room_end(x, now);
+    exchange_room(x, now);
+}
+
+/* Have the next thing proven, or go on when nothing is left. */
+static void as_prove(struct exchange *x, int64_t now)
+{
+    while (x->asks) {
+        bool user = x->asks & PROVE_USER;
+        enum inq_kind kind = user ? INQ_USER : INQ_SERVER;
+        sl who = user ? (sl){ x->user, x->user_len }
+            : as_is_remote(x) ? x->r.server_name : cfg.hs_name.whole;
+        enum inq_answer known = member_known(kind, x->r.room_id, who, now);
+        if (known == INQ_NO) {
+            exchange_fail(x, EV_NOT_JOINED, RE_NOT_ALLOWED, now);
+            return;
+        }
+        if (known == INQ_UNKNOWN) {
+            as_wait(x, inq_open(kind, x->r.room_id, who, as_end(x, now)),
+                now);
+            return;
+        }
+        x->asks &= (uint8_t)(x->asks - 1);
+    }
+    as_proven(x, now);
+}
+
+/* A token of the other homeserver's is handed on if it looks like one. */
+static bool as_token_check(sl s_raw)
+{
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (!is_unreserved(s_raw.p[i]) && s_raw.p[i] != '=')
+            return false;
+    return s_raw.len > 0 && s_raw.len <= LIM_TOKEN_RELAY;
+}
+
+/* The other homeserver answered: its token, and its 403 and 400, are passed
+ * on; all else is no answer. */
+static void as_relayed(struct exchange *x, int64_t now)
+{
+    static uint8_t body[LIM_TOKEN_RELAY + 16];
+    const struct inquiry *q = x->inq;
+    const struct inq_reply *r = &q->reply;
+    struct conn *c = exchange_conn(x);
+    struct bb b = BB(body);
+    int64_t status = q->status == 200 && !r->status.over ? r->status.v : 0;
+    sl code = r->inner_errcode;
+    if (status == 404 && !x->has_relayed) {
+        x->has_relayed = true;
+        exchange_drop(x, now);
+        as_relay(x, now);
+    } else if (status == 200 && as_token_check(r->jwt)) {
+        bb_str(&b, "{\"jwt\":\"");
+        bb_put(&b, r->jwt);
+        bb_str(&b, "\"}");
+        LOG(EV_RELAYED, KV("req", request_id(c)),
+            KV("server", x->r.server_name));
+        exchange_end(x, now);
+        conn_answer(c, &(struct answer){ 200, "", { body, b.len } }, now);
+    } else if ((status == 403 && sl_eq(code, SL("M_FORBIDDEN")))
+               || (status == 400 && sl_eq(code, SL("M_INVALID_PARAM")))) {
+        exchange_fail(x, EV_RELAY_REFUSED, status == 403 ? RE_NOT_ALLOWED
+            : RE_BAD_PARAM, now);
+    } else {
+        exchange_fail(x, EV_RELAY_FAILED, RE_UPSTREAM, now);
+    }
+}
+
+/* The delayed event was looked up: is it there, the user's, of this room,
+ * and after what delay does it fire? */
+static void as_delayed(struct exchange *x, int64_t now)
+{
+    const struct inquiry *q = x->inq;
+    const struct inq_reply *r = &q->reply;
+    struct js_int t = r->delay_ms.is_set ? r->delay_ms : r->delay;
+    bool gone = q->status == 404 && r->errcode.len && !q->hint;
+    bool other = q->status == 200 && r->is_read
+        && !(sl_eq(r->delay_id, x->r.delay_id)
+             && sl_eq(r->room_id, x->r.room_id));
+    if (gone || other) {
+        exchange_fail(x, EV_DELAY_UNKNOWN, RE_BAD_PARAM, now);
+    } else if (q->status != 200 || !t.is_set || t.over || t.v <= 0) {
+        exchange_fail(x, EV_AS_CALL_FAILED, RE_NO_DELAY, now);
+    } else {
+        x->r.delay_timeout = t;
+        exchange_drop(x, now);
+        exchange_delegate(x, now);
+    }
+}
+
+/* A question of x is answered. */
+static void as_answered(struct exchange *x, int64_t now)
+{
+    const struct inquiry *q = x->inq;
+    enum inq_kind kind = q->kind;
+    enum inq_answer answer = q->answer;
+    if (answer == INQ_UNKNOWN && q->why == EV_API_UNKNOWN) {
+        exchange_fail(x, EV_API_UNKNOWN, RE_NO_API, now);
+    } else if (answer == INQ_UNKNOWN) {
+        exchange_fail(x, EV_NONE, kind == INQ_DELAYED ? RE_NO_DELAY
+            : RE_UPSTREAM, now);
+    } else if (kind == INQ_RELAY) {
+        as_relayed(x, now);
+    } else if (kind == INQ_DELAYED) {
+        as_delayed(x, now);
+    } else if (answer == INQ_NO) {
+        exchange_fail(x, EV_NOT_JOINED, RE_NOT_ALLOWED, now);
+    } else {
+        exchange_drop(x, now);
+        x->asks &= (uint8_t)(x->asks - 1);
+        as_prove(x, now);
+    }
+}
+
+/* Who asks, by the homeserver's headers, and for whom. Returns EV_NONE, or
+ * what is wrong and *re. */
+MUST_USE static enum event as_who(struct exchange *x, enum reply *re)
+{
+    const struct conn *c = exchange_conn(x);
+    bool from_server = x->endpoint == EP_AS_SERVER;
+    sl who = as_header(c, from_server ? H1_MATRIX_ORIGIN : H1_MATRIX_USER);
+    sl user = from_server ? x->r.user_id : who;
+    x->name = cfg.hs_name;
+    *re = RE_BAD_PARAM;
+    if (from_server && !name_parse(who, &x->name))
+        return EV_AS_IDENTITY_BAD;
+    size_t cut = sl_find(user, ':');
+    if (!user_check(user, sl_skip(user, cut + 1)))
+        return EV_AS_IDENTITY_BAD;
+    *re = RE_NOT_ALLOWED;
+    if (!user_check(user, x->name.whole))
+        return EV_AS_FOREIGN;
+    x->user_len = (uint8_t)user.len;
+    memcpy(x->user, user.p, user.len);
+    *re = RE_UNAUTHORIZED;
+    return x->r.claimed_user_id.len && !sl_eq(x->r.claimed_user_id, user)
+        ? EV_CLAIM_MISMATCH : EV_NONE;
+}
+
+/* The body is well-formed: who asks, what for, and what is to be proven. */
+static void as_begin(struct exchange *x, int64_t now)
+{
+    enum reply re;
+    enum event ev = as_who(x, &re);
+    struct name n = x->name;
+    bool remote = as_is_remote(x);
+    bool two = x->r.old_member_id.len
+        && !sl_eq(x->r.old_member_id, x->r.member_id);
+    x->dest = dest_hash(x->name.whole);
+    x->is_listed = name_is_listed(x->name.whole);
+    enum event rate = ev ? EV_NONE : exchange_rate(x, now);
+    if (ev != EV_NONE)
+        exchange_fail(x, ev, re, now);
+    else if (two || !sl_starts(x->r.room_id, SL("!"))
+             || (remote && !name_parse(x->r.server_name, &n)))
+        exchange_fail(x, EV_FIELD_BAD, RE_BAD_PARAM, now);
+    else if (rate != EV_NONE)
+        exchange_fail(x, rate, RE_LIMITED, now);
+    else if ((remote || x->endpoint == EP_AS_SERVER) && name_denied(&n))
+        exchange_fail(x, EV_SERVER_DENIED, RE_NOT_ALLOWED, now);
+    else if (!remote && !sl_eq(x->r.url, cfg.livekit_url))
+        exchange_fail(x, EV_AS_URL, RE_BAD_PARAM, now);
+    else if (!exchange_alias(x))
+        exchange_fail(x, EV_BUG_OVERFLOW, RE_INTERNAL, now);
+    else if (x->endpoint == EP_AS_DELEGATE)
+        as_wait(x, inq_open(INQ_DELAYED, x->r.delay_id,
+            (sl){ x->user, x->user_len }, as_end(x, now)), now);
+    else {
+        x->asks = (uint8_t)(PROVE_USER | (remote
+            || x->endpoint == EP_AS_SERVER ? PROVE_SERVER : 0));
+        as_prove(x, now);
+    }
 }
 
 /* Move on after a wake or at the deadline. */
@@ -12822,6 +14396,10 @@ static enum step exchange_step(size_t idx, int revents, int64_t now)
     case X_FOLLOW:
         exchange_step_follow(x, now);
         break;
+    case X_INQUIRY:
+        if (x->inq->state == I_DONE)
+            as_answered(x, now);
+        break;
     }
     return STEP_WAIT;
 }
@@ -12837,7 +14415,10 @@ static enum step api_step(size_t idx, int revents, int64_t now)
         if (exchange_states[i] == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
     if (was_pending && !a->lookup)
-        exchange_wake(X_WAIT, 0);
+        exchange_wake_next(0);
+    for (size_t i = 0; was_pending && !a->lookup && i < LIM_INQ_CNT; i++)
+        if (inq_pool[i].state == I_WAIT)
+            loop_wake(KIND_INQUIRY, i);
     job_run_queue(a, now);
     return STEP_WAIT;
 }
@@ -12846,7 +14427,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
 static bool exchange_has_queue(uint64_t dest)
 {
     for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT; i++)
-        if (exchange_states[i] == X_WAIT && exchange_pool[i].dest == dest)
+        if (exchange_states[i] == X_WAIT && exchange_hot[i].dest == dest)
             return true;
     return false;
 }
@@ -12860,9 +14441,10 @@ static bool exchange_may_wait(const struct exchange *x)
         return true;
     for (size_t i = 0; i < LIM_SLOT_CNT; i++)
         if (exchange_states[i] == X_WAIT
-            || (exchange_states[i] == X_FOLLOW && !exchange_pool[i].is_full)) {
-            strangers += !exchange_pool[i].is_listed;
-            same += exchange_pool[i].dest == x->dest;
+            || (exchange_states[i] == X_FOLLOW
+                && !exchange_hot[i].is_proven)) {
+            strangers += !exchange_hot[i].is_listed;
+            same += exchange_hot[i].dest == x->dest;
         }
     return strangers < LIM_WAIT_STRANGER
         && same < (cfg.is_open ? LIM_WAIT_OPEN : LIM_WAIT_DEST);
@@ -12912,19 +14494,25 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     memset(x, 0, sizeof *x);
     x->endpoint = endpoint;
     x->since = now;
-    int err = js_parse(body, c->body.len,
-        endpoint == EP_SFU_GET ? &sfu_get_table : &get_token_table, &x->r);
+    int err = js_parse(body, c->body.len, &request_tab[endpoint], &x->r);
     if (!err && x->r.expires_in.over)
         err = -EV_JSON_TYPE;
     if (err) {
-        LOG((enum event)-err, KV("req", request_id(c)));
+        LOG(c->body.len ? (enum event)-err : EV_BODY_EMPTY,
+            KV("req", request_id(c)));
         conn_error(c, RE_NOT_JSON, NULL, now);
         return;
     }
+    if (x->r.member_id.len == 0)
+        x->r.member_id = x->r.old_member_id;
     if (!request_check_fields(c, x, now)
         || !request_check_delay(c, x, now))
         return;
     met.gauge[GA_EXCHANGES]++;
+    if (endpoint >= EP_AS_USER) {
+        as_begin(x, now);
+        return;
+    }
     if (!name_parse(x->r.server_name, &x->name)) {
         x->name.whole = x->r.server_name;
         exchange_fail(x, EV_NAME_BAD, RE_UNAUTHORIZED, now);
@@ -12954,6 +14542,28 @@ static void srv_sfu_get(struct conn *c, int64_t now)
 static void srv_delegate(struct conn *c, int64_t now)
 {
     exchange_start(c, EP_DELEGATE, now);
+}
+
+static void srv_as_user(struct conn *c, int64_t now)
+{
+    exchange_start(c, EP_AS_USER, now);
+}
+
+static void srv_as_server(struct conn *c, int64_t now)
+{
+    exchange_start(c, EP_AS_SERVER, now);
+}
+
+static void srv_as_delegate(struct conn *c, int64_t now)
+{
+    exchange_start(c, EP_AS_DELEGATE, now);
+}
+
+/* Any method: are you there, and is the token the right one? */
+static void srv_as_ping(struct conn *c, int64_t now)
+{
+    if (!as_refused(c, now))
+        conn_answer(c, &(struct answer){ 200, "", SL("{}") }, now);
 }
 
 /* Take a verified webhook that no stream carries. With other replicas that
@@ -13121,6 +14731,18 @@ static void io_nodelay(int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 }
 
+/* What a call for a socket returned: the descriptor, or -errno. One that is
+ * too high for the loop's table is given back. */
+static int io_fd(int fd)
+{
+    if (fd < 0)
+        return -errno;
+    if (fd < LIM_FD_CNT)
+        return fd;
+    close(fd);
+    return -EMFILE;
+}
+
 /* The next waiting client: its descriptor, or -errno. */
 static int io_accept(int listener, struct ip *peer)
 {
@@ -13131,8 +14753,9 @@ static int io_accept(int listener, struct ip *peer)
         fd = accept4(listener, (struct sockaddr *)&sa, &len,
             SOCK_NONBLOCK | SOCK_CLOEXEC);
     while (fd < 0 && (errno == EINTR || errno == ECONNABORTED));
+    fd = io_fd(fd);
     if (fd < 0)
-        return -errno;
+        return fd;
     *peer = (struct ip){ .v6 = sa.ss_family == AF_INET6 };
     if (sa.ss_family == AF_INET)
         memcpy(peer->b, &((struct sockaddr_in *)&sa)->sin_addr, 4);
@@ -13156,10 +14779,10 @@ static int io_connect(const struct addr *a, const struct trust *t, bool udp)
     socklen_t len = io_sockaddr(a, &sa);
     if (!net_allowed(a, t))
         return -EACCES;
-    int fd = socket(sa.ss_family, (udp ? SOCK_DGRAM : SOCK_STREAM)
-        | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    int fd = io_fd(socket(sa.ss_family, (udp ? SOCK_DGRAM : SOCK_STREAM)
+        | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     if (fd < 0)
-        return errno == EACCES ? -EPERM : -errno;
+        return fd == -EACCES ? -EPERM : fd;
     if (!udp)
         io_nodelay(fd);
     if (connect(fd, (struct sockaddr *)&sa, len) < 0 && errno != EINPROGRESS
@@ -13188,8 +14811,9 @@ static int io_connect_unix(sl path)
     struct sockaddr_un sa;
     if (!io_unix_addr(path, &sa))
         return -ENAMETOOLONG;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd >= 0 && connect(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
+    int fd = io_fd(socket(AF_UNIX,
+        SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    if (fd < 0 || connect(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
         return fd;
     int err = errno;
     io_close(&fd);
@@ -13231,8 +14855,10 @@ static void io_shutdown(int fd)
 
 static void io_close(int *fd)
 {
-    if (*fd >= 0)
+    if (*fd >= 0) {
+        loop_closed(*fd);
         close(*fd);
+    }
     *fd = -1;
 }
 
@@ -13413,8 +15039,7 @@ static unsigned cfg_fault_cnt;
 static uint8_t file_buf[LIM_FILE_LEN];
 
 enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
-    ENV_LIST, ENV_OVERRIDE, ENV_RATE, ENV_CIDRS, ENV_LATER,
-    ENV_LATER_SECRET };
+    ENV_LIST, ENV_OVERRIDE, ENV_RATE, ENV_CIDRS };
 
 #define TO(member) &cfg.member
 /* X(name, kind, target, count, min, max, scale, default, help) */
@@ -13537,16 +15162,23 @@ enum env_kind { ENV_OTHER, ENV_SECRET, ENV_TEXT, ENV_FLAG, ENV_NUMBER,
       "password, instead of the URL's") \
     X(LKJWT_REDIS_PASSWORD_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
       "file holding it") \
-    X(LIVEKIT_AS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: application service") \
-    X(LIVEKIT_HS_TOKEN, ENV_LATER_SECRET, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: application service") \
-    X(LIVEKIT_AS_REGISTRATION_FILE, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: application service") \
-    X(LIVEKIT_HS_SERVER_NAME, ENV_LATER, NULL, NULL, 0, 0, 0, "", \
-      "has no effect in this version: application service") \
-    X(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS, ENV_LATER, NULL, NULL, \
-      0, 0, 0, "", "has no effect in this version: application service")
+    X(LIVEKIT_AS_TOKEN, ENV_SECRET, NULL, NULL, 0, 0, 0, "", \
+      "application service: our token at the homeserver") \
+    X(LIVEKIT_HS_TOKEN, ENV_SECRET, NULL, NULL, 0, 0, 0, "", \
+      "the homeserver's token at us") \
+    X(LKJWT_AS_TOKEN_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file holding LIVEKIT_AS_TOKEN") \
+    X(LKJWT_HS_TOKEN_FROM_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "file holding LIVEKIT_HS_TOKEN") \
+    X(LIVEKIT_AS_REGISTRATION_FILE, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "registration file (YAML) with both tokens; wins over all four") \
+    X(LIVEKIT_HS_SERVER_NAME, ENV_OTHER, NULL, NULL, 0, 0, 0, "", \
+      "server name of the homeserver whose application service this is") \
+    X(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS, ENV_NUMBER, TO(member_ms), \
+      NULL, 0, 86400, 1000, "60", \
+      "its users are removed from the SFU so soon after the room; 0: never") \
+    X(LKJWT_STANDALONE, ENV_OTHER, NULL, NULL, 0, 0, 0, "on", \
+      "off: only the homeserver may ask, no OpenID token is looked up")
 
 static const struct env_row {
     const char *name;
@@ -13932,6 +15564,88 @@ static void cfg_redis(void)
             "user, password and client name exceed 4 KB");
 }
 
+/* One token of the application service, from its file or variable; the text
+ * kept is a copy: the environment is wiped. */
+static sl cfg_as_token(const char *name, const char *file_name)
+{
+    sl path = env_get(file_name), v = sl_trim(env_get(name));
+    struct bb text = { cfg_text + cfg_text_len,
+        0, sizeof cfg_text - cfg_text_len, false };
+    if (path.len) {
+        v.len = 0;
+        if (cfg_read_value(file_name, path, &v) && v.len == 0)
+            cfg_say(EV_CONFIG_BAD, file_name, "file is empty");
+        return v;
+    }
+    bb_put(&text, v);
+    cfg_text_len += text.len;
+    return (sl){ text.p, text.len };
+}
+
+/* The registration file's strings, each kept where the file's text lies. */
+static void cfg_as_file(sl path, sl *as_token, sl *hs_token)
+{
+    struct registration r;
+    char fault[80];
+    sl text;
+    if (!cfg_read_value("LIVEKIT_AS_REGISTRATION_FILE", path, &text))
+        return;
+    unsigned line = cf_registration(text, &r);
+    snprintf(fault, sizeof fault, line ? "line %u is not understood"
+        : "as_token or hs_token is missing", line);
+    if (line || !r.as_token.len || !r.hs_token.len)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_AS_REGISTRATION_FILE", fault);
+    *as_token = r.as_token;
+    *hs_token = r.hs_token;
+    if (r.id.len)
+        cfg.as_id = r.id;
+}
+
+/* The application-service mode: all of it, or nothing. */
+static void cfg_appservice(void)
+{
+    sl file = env_get("LIVEKIT_AS_REGISTRATION_FILE"), as = { NULL, 0 };
+    sl hs = { NULL, 0 }, name = env_get("LIVEKIT_HS_SERVER_NAME");
+    sl word = env_get("LKJWT_STANDALONE");
+    unsigned before = cfg_fault_cnt;
+    cfg.as_id = SL("lkjwt");
+    cfg.only_as = sl_eq(word, SL("off"));
+    if (word.len && !cfg.only_as && !sl_eq(word, SL("on")))
+        cfg_say(EV_CONFIG_BAD, "LKJWT_STANDALONE", "must be on or off");
+    if (file.len) {
+        cfg_as_file(file, &as, &hs);
+    } else {
+        as = cfg_as_token("LIVEKIT_AS_TOKEN", "LKJWT_AS_TOKEN_FROM_FILE");
+        hs = cfg_as_token("LIVEKIT_HS_TOKEN", "LKJWT_HS_TOKEN_FROM_FILE");
+    }
+    cfg.has_as = as.len && hs.len && name.len && cfg_fault_cnt == before;
+    if (!cfg.has_as && (as.len || hs.len || name.len)
+        && cfg_fault_cnt == before)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_HS_SERVER_NAME", "the application "
+            "service needs it, LIVEKIT_AS_TOKEN and LIVEKIT_HS_TOKEN: all "
+            "or none");
+    if (cfg.only_as && !cfg.has_as)
+        cfg_say(EV_CONFIG_BAD, "LKJWT_STANDALONE",
+            "off, and no application service: nobody could ask");
+    if (!cfg.has_as)
+        return;
+    if (!name_parse(name, &cfg.hs_name) || name.len > LIM_NAME_LEN)
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_HS_SERVER_NAME",
+            "must be a server name, host[:port]");
+    if (!cf_token_check(as) || !cf_token_check(hs))
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_AS_TOKEN", "this and "
+            "LIVEKIT_HS_TOKEN: up to 512 printable ASCII characters");
+    if (sl_eq(as, hs))
+        cfg_say(EV_CONFIG_BAD, "LIVEKIT_HS_TOKEN",
+            "the same as LIVEKIT_AS_TOKEN");
+    if (as.len < 32 || hs.len < 32)
+        cfg_say(cfg.strict ? EV_CONFIG_BAD : EV_CONFIG_WARN,
+            "LIVEKIT_HS_TOKEN", "a token under 32 bytes: guessable");
+    cfg.sec_as_token = as;
+    sha256(hs, cfg.hs_token_sum);
+    wipe((uint8_t *)(uintptr_t)hs.p, hs.len);
+}
+
 static void cfg_access(void)
 {
     struct name n;
@@ -13944,7 +15658,7 @@ static void cfg_access(void)
                 "holds what is no server name; it matches nothing");
     }
     cfg.is_open = stars == 1 && cfg.full_access_cnt == 1;
-    if (cfg.full_access_cnt == 0)
+    if (cfg.full_access_cnt == 0 && !cfg.only_as)
         cfg_say(EV_CONFIG_BAD, "LIVEKIT_FULL_ACCESS_HOMESERVERS",
             "required: server names, or `*` for everyone");
     else if (cfg.is_open)
@@ -14100,7 +15814,6 @@ static void cfg_warn_environment(void)
 {
     static const char *const proxy[] = { "HTTP_PROXY", "HTTPS_PROXY",
         "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy" };
-    const char *told = "";
     for (char **e = environ; e && *e; e++) {
         sl name = sl_str(*e);
         name.len = sl_find(name, '=');
@@ -14120,12 +15833,6 @@ static void cfg_warn_environment(void)
                 "proxy variables are not used");
             break;
         }
-    for (size_t i = 0; i < COUNT_OF(env_tab); i++)
-        if (env_tab[i].kind >= ENV_LATER && env_get(env_tab[i].name).len
-            && strcmp(told, env_tab[i].help) != 0) {
-            told = env_tab[i].help;          /* once a family */
-            cfg_say(EV_CONFIG_WARN, env_tab[i].name, told);
-        }
 }
 
 /* Read the variables that the table alone describes. */
@@ -14143,9 +15850,7 @@ static void cfg_table(void)
         case ENV_LIST:     cfg_list(r, v); break;
         case ENV_OVERRIDE: cfg_overrides(r, v); break;
         case ENV_OTHER:
-        case ENV_SECRET:
-        case ENV_LATER:
-        case ENV_LATER_SECRET: break;
+        case ENV_SECRET:   break;
         }
     }
 }
@@ -14158,6 +15863,7 @@ MUST_USE static bool cfg_load(void)
     cfg_networks();
     cfg_resolver();
     cfg_livekit_url();
+    cfg_appservice();
     cfg_access();
     cfg_keys();
     cfg_redis();
@@ -14376,6 +16082,8 @@ static const struct jail_row {
     { { 54, 208, 294 }, JR_ALLOW },  /* setsockopt */
     { { 51, 204, 286 }, JR_ALLOW },  /* getsockname */
     { { 52, 205, 287 }, JR_ALLOW },  /* getpeername */
+    { { 233, 21, 251 }, JR_ALLOW },  /* epoll_ctl */
+    { { 281, 22, 346 }, JR_ALLOW },  /* epoll_pwait */
     { { 271, 73, 336 }, JR_ALLOW },  /* ppoll */
     { { -1, -1, 414 }, JR_ALLOW },   /* ppoll_time64 */
     { { 7, -1, 168 }, JR_ALLOW },    /* poll */
@@ -14695,14 +16403,43 @@ static bool jail_core(void)
         && syscall(SYS_prlimit64, 0, RLIMIT_CORE, none, NULL) == 0;
 }
 
-/* Not root, if that is how we were started, but for LKJWT_UID=0. */
+/* Whether no capability is held; the ambient ones are among these. */
+static bool jail_has_no_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    uint32_t set[6] = { 0 }, all = 0;    /* effective, permitted, inherited */
+    if (syscall(SYS_capget, &self, set) < 0)
+        return false;
+    for (size_t i = 0; i < COUNT_OF(set); i++)
+        all |= set[i];
+    return all == 0;
+}
+
+/* No capability, be it of a root that stays or given to another user. */
+static bool jail_caps(void)
+{
+    struct { uint32_t version; int32_t pid; } self = { 0x20080522, 0 };
+    static const uint32_t none[6];
+    if (!jail_may_call(SYS_capget))
+        return false;
+    return jail_has_no_caps() || (jail_may_call(SYS_capset)
+        && syscall(SYS_capset, &self, none) == 0 && jail_has_no_caps());
+}
+
+/* Not root, if that is how we were started, but for LKJWT_UID=0. The
+ * bounding set is emptied first: that takes CAP_SETPCAP, which goes too. */
 static bool jail_ids(void)
 {
     uid_t uid = (uid_t)cfg.uid;
+    for (unsigned long cap = 0; cap < 64; cap++)
+        (void)prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
     if (geteuid() != 0)
         return true;
-    return uid != 0 && setgroups(0, NULL) == 0 && setgid(uid) == 0
-        && setuid(uid) == 0 && setuid(0) < 0;
+    if (uid == 0 || setgroups(0, NULL) < 0 || setgid(uid) < 0
+        || setuid(uid) < 0)
+        return false;
+    (void)jail_caps();               /* securebits(7) may have kept them */
+    return setuid(0) < 0;
 }
 
 static bool jail_privs(void)
@@ -14719,7 +16456,7 @@ static bool jail_dump(void)
 MUST_USE static bool jail_enter(void)
 {
     static bool (*const layer[JL_CNT])(void) = { jail_core, jail_ids,
-        jail_privs, jail_dump, jail_landlock, jail_seccomp };
+        jail_caps, jail_privs, jail_dump, jail_landlock, jail_seccomp };
     uint8_t text[2][80];
     struct bb list[2] = { BB(text[0]), BB(text[1]) };
     bool stays_root = geteuid() == 0 && cfg.uid == 0;
@@ -14728,7 +16465,7 @@ MUST_USE static bool jail_enter(void)
         bool ok = cfg.jail != 'o' && layer[i]();
         struct bb *b = &list[!ok];
         met.jail[i] = ok;
-        is_bad |= !ok && !(i == 1 && stays_root);
+        is_bad |= !ok && !(i == JL_IDS && stays_root);
         bb_str(b, b->len ? "," : "");
         bb_str(b, jail_layer_tab[i]);
     }
@@ -14742,10 +16479,10 @@ MUST_USE static bool jail_enter(void)
 }
 
 /* ==== 26 LOOP ====================== PART III: WORLD ==================
- * Purpose  What is watched, in one table; poll, then step what is ready.
- * INV-O1   A descriptor is in the poll set once, a deadline in the heap
- *          once; both change only through loop_set.
- * INV-O2   Between two polls at most one call in a TLS handshake is
+ * Purpose  What is watched, in one table; wait, then step what is ready.
+ * INV-O1   A descriptor has one watcher, a deadline one place in the heap;
+ *          both change only through loop_set.
+ * INV-O2   Between two waits at most one call in a TLS handshake is
  *          stepped, after the clients (SECURITY section 5, loop rule).
  */
 
@@ -14778,27 +16515,43 @@ static const struct dispatch_row {
     [KIND_API]      = { LIM_API_CNT, api_step, NULL },
     [KIND_REDIS]    = { LIM_REDIS_CNT, rds_step, NULL },
     [KIND_REPLICA]  = { 1, rep_step, NULL },
+    [KIND_INQUIRY]  = { LIM_INQ_CNT, inq_step, NULL },
+    [KIND_SEAT]     = { SEAT_OBJECTS, seat_step, NULL },
     [KIND_SIGNAL]   = { 1, signal_step, NULL },
 };
 
 enum { WATCH_CNT = LIM_LISTEN_CNT + 2 * LIM_SLOT_CNT + LIM_UP_CNT
     + LIM_UP_ALL * (1 + LIM_TRY_CNT) + LIM_CHAN_CNT + LIM_QUERY_CNT
-    + LIM_JOB_CNT + LIM_API_CNT + LIM_REDIS_CNT + 2 };
+    + LIM_JOB_CNT + LIM_API_CNT + LIM_REDIS_CNT + LIM_INQ_CNT
+    + SEAT_OBJECTS + 2 };
 
 /* One watched object. Places are index + 1; 0: not in that table. */
 static struct watch {
     int64_t deadline;
-    uint32_t gen;            /* grows when fd changes: stale events */
-    uint16_t poll_at, heap_at;
+    uint16_t fd_at, heap_at;
     uint16_t idx;
     uint8_t kind;
     bool is_woken;
 } watch_tab[WATCH_CNT];
-static struct pollfd poll_tab[WATCH_CNT];
-static uint16_t poll_who[WATCH_CNT], heap_tab[WATCH_CNT];
-static uint16_t wake_tab[WATCH_CNT];
-static size_t poll_cnt, heap_cnt, wake_head, wake_cnt;
+static uint16_t heap_tab[WATCH_CNT], wake_tab[WATCH_CNT];
+static size_t heap_cnt, wake_head, wake_cnt;
 static int64_t due_now;              /* while deadlines are served */
+
+/* One descriptor, and what the kernel watches it for: told when that is not
+ * enough (stale_tab), or when it reports what nobody wants. So a kept
+ * connection costs no call between two requests. */
+static struct watched_fd {
+    uint32_t gen;            /* grows when it is closed: old events */
+    uint16_t who;            /* place in watch_tab; 0: nobody */
+    uint8_t want, has;       /* POLLIN, POLLOUT */
+    bool is_known, is_stale; /* to the kernel; in stale_tab */
+} fd_tab[LIM_FD_CNT];
+static uint16_t stale_tab[LIM_FD_CNT];
+static size_t stale_cnt;
+static int loop_epoll = -1;
+
+_Static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR
+    && POLLHUP == EPOLLHUP && WATCH_CNT < UINT16_MAX, "one set of bits");
 
 static size_t loop_base(enum kind kind)
 {
@@ -14845,6 +16598,67 @@ static void heap_remove(struct watch *w)
         heap_fix(at, last);
 }
 
+/* Whether the kernel watches a descriptor for less than is wanted. */
+static bool fd_wants_more(const struct watched_fd *f)
+{
+    return f->who && (!f->is_known || (f->want & ~f->has));
+}
+
+/* Have the kernel watch a descriptor as wanted. False: it cannot now. */
+static bool fd_tell(int fd)
+{
+    struct watched_fd *f = &fd_tab[fd];
+    struct epoll_event e = { .events = f->want,
+        .data.u64 = (uint64_t)f->gen << 32 | (uint32_t)fd };
+    int op = !f->who ? EPOLL_CTL_DEL : f->is_known ? EPOLL_CTL_MOD
+        : EPOLL_CTL_ADD;
+    if (epoll_ctl(loop_epoll, op, fd, &e) < 0)
+        return false;
+    f->is_known = f->who > 0;
+    f->has = f->want;
+    return true;
+}
+
+static void fd_set_watch(uint16_t who, int fd, int events)
+{
+    struct watch *w = &watch_tab[who];
+    if (w->fd_at && w->fd_at != fd + 1 && fd_tab[w->fd_at - 1].who == who + 1)
+        fd_tab[w->fd_at - 1].who = 0;
+    w->fd_at = (uint16_t)(fd + 1);
+    if (fd < 0)
+        return;
+    struct watched_fd *f = &fd_tab[fd];
+    f->who = (uint16_t)(who + 1);
+    f->want = (uint8_t)events;
+    if (!f->is_stale && fd_wants_more(f)) {
+        f->is_stale = true;
+        stale_tab[stale_cnt++] = (uint16_t)fd;
+    }
+}
+
+/* Tell the kernel all that it must know before a wait. What it refuses, for
+ * want of memory, is tried again. */
+static void loop_tell(void)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < stale_cnt; i++) {
+        struct watched_fd *f = &fd_tab[stale_tab[i]];
+        f->is_stale = fd_wants_more(f) && !fd_tell(stale_tab[i]);
+        if (f->is_stale)
+            stale_tab[kept++] = stale_tab[i];
+    }
+    stale_cnt = kept;
+}
+
+/* A descriptor is about to be closed: the kernel forgets it by itself. */
+static void loop_closed(int fd)
+{
+    if (fd >= LIM_FD_CNT)
+        return;
+    struct watched_fd *f = &fd_tab[fd];
+    *f = (struct watched_fd){ .gen = f->gen + 1, .is_stale = f->is_stale };
+}
+
 static void loop_set(enum kind kind, size_t idx, int fd, int events,
     int64_t deadline)
 {
@@ -14852,24 +16666,7 @@ static void loop_set(enum kind kind, size_t idx, int fd, int events,
     struct watch *w = &watch_tab[who];
     w->kind = (uint8_t)kind;
     w->idx = (uint16_t)idx;
-    if (fd >= 0) {
-        if (w->poll_at == 0) {
-            w->poll_at = (uint16_t)++poll_cnt;
-            poll_who[poll_cnt - 1] = who;
-            w->gen++;
-        }
-        struct pollfd *p = &poll_tab[w->poll_at - 1];
-        w->gen += p->fd != fd;
-        p->fd = fd;
-        p->events = (short)events;
-    } else if (w->poll_at) {
-        size_t at = w->poll_at - 1U;
-        poll_tab[at] = poll_tab[--poll_cnt];
-        poll_who[at] = poll_who[poll_cnt];
-        watch_tab[poll_who[at]].poll_at = (uint16_t)(at + 1);
-        w->poll_at = 0;
-        w->gen++;
-    }
+    fd_set_watch(who, fd, events);
     if (due_now && deadline <= due_now)
         deadline = due_now + 1;          /* others have their turn first */
     if (w->deadline == deadline && (w->heap_at || deadline == INT64_MAX))
@@ -14899,28 +16696,35 @@ static void loop_step(uint16_t who, int revents, int64_t now)
     (void)dispatch_tab[w->kind].step(w->idx, revents, now);
 }
 
-/* Step what poll reported: all light objects, then one heavy one, taking
- * turns by starting behind the last. */
-static void loop_ready(int64_t now)
+/* Whose the event is, place in watch_tab + 1, and what of it is wanted. 0:
+ * nobody's any more; the kernel watches in vain. */
+static uint16_t fd_whose(const struct epoll_event *e, int *revents)
 {
-    static struct { uint16_t who; short revents; uint32_t gen; }
-        ready[WATCH_CNT];
+    int fd = (int)(e->data.u64 & UINT32_MAX);
+    const struct watched_fd *f = &fd_tab[fd];
+    if (f->gen != e->data.u64 >> 32)
+        return 0;
+    *revents = (int)e->events & (f->want | POLLERR | POLLHUP);
+    if (f->who && *revents)
+        return f->who;
+    (void)fd_tell(fd);
+    return 0;
+}
+
+/* Step what is ready: all light objects, then one heavy one, taking turns by
+ * starting behind the last. */
+static void loop_ready(const struct epoll_event *ready, size_t cnt,
+    int64_t now)
+{
     static size_t turn;
-    size_t cnt = 0;
-    for (size_t i = 0; i < poll_cnt; i++)
-        if (poll_tab[i].revents) {
-            uint16_t who = poll_who[i];
-            ready[cnt].who = who;
-            ready[cnt].gen = watch_tab[who].gen;
-            ready[cnt++].revents = poll_tab[i].revents;
-            poll_tab[i].revents = 0;
-        }
     size_t heavy = cnt, heavy_key = SIZE_MAX;
+    int revents;
     for (size_t i = 0; i < cnt; i++) {
-        const struct watch *w = &watch_tab[ready[i].who];
-        const struct dispatch_row *row = &dispatch_tab[w->kind];
-        if (w->gen != ready[i].gen)
+        uint16_t who = fd_whose(&ready[i], &revents);
+        if (!who)
             continue;
+        const struct watch *w = &watch_tab[who - 1];
+        const struct dispatch_row *row = &dispatch_tab[w->kind];
         size_t weight = row->weight ? row->weight(w->idx) : 0;
         if (weight) {
             size_t key = weight * row->cnt
@@ -14931,11 +16735,12 @@ static void loop_ready(int64_t now)
             }
             continue;
         }
-        loop_step(ready[i].who, ready[i].revents, now);
+        loop_step((uint16_t)(who - 1), revents, now);
     }
-    if (heavy < cnt && watch_tab[ready[heavy].who].gen == ready[heavy].gen) {
-        turn = watch_tab[ready[heavy].who].idx + 1U;
-        loop_step(ready[heavy].who, ready[heavy].revents, now);
+    uint16_t who = heavy < cnt ? fd_whose(&ready[heavy], &revents) : 0;
+    if (who) {
+        turn = watch_tab[who - 1].idx + 1U;
+        loop_step((uint16_t)(who - 1), revents, now);
     }
 }
 
@@ -14972,30 +16777,37 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
-    + sizeof gone_ring + sizeof store_ring + sizeof watch_tab + sizeof poll_tab
+    + sizeof inq_pool + sizeof member_cache + sizeof seat_pool
+    + sizeof seat_hot + sizeof seat_text + sizeof gone_ring
+    + sizeof store_ring + sizeof watch_tab + sizeof fd_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
     "pools exceed the promise");
 
 static bool loop_is_over;
 
+/* Before the first round. False, with errno: there can be no loop. */
+MUST_USE static bool loop_open(void)
+{
+    loop_epoll = epoll_create1(EPOLL_CLOEXEC);
+    return loop_epoll >= 0;
+}
+
 /* One round: wait for something, then move it. */
 static void loop_round(const sigset_t *mask)
 {
-    int64_t now = io_now();
-    struct timespec wait = { 0, 0 }, *limit = NULL;
+    static struct epoll_event ready[LIM_READY_CNT];
+    loop_tell();
+    int64_t ms = stale_cnt ? 100 : INT_MAX;
     if (wake_cnt) {
-        limit = &wait;
+        ms = 0;
     } else if (heap_cnt) {
-        int64_t ms = watch_tab[heap_tab[0]].deadline - now;
-        ms = ms < 0 ? 0 : ms;
-        wait = (struct timespec){ (time_t)(ms / 1000),
-            (long)(ms % 1000 * 1000000) };
-        limit = &wait;
+        int64_t due = watch_tab[heap_tab[0]].deadline - io_now();
+        ms = due < 0 ? 0 : due < ms ? due : ms;
     }
-    int n = ppoll(poll_tab, poll_cnt, limit, mask);
-    now = io_now();
+    int n = epoll_pwait(loop_epoll, ready, COUNT_OF(ready), (int)ms, mask);
+    int64_t now = io_now();
     if (n > 0)
-        loop_ready(now);
+        loop_ready(ready, (size_t)n, now);
     loop_due(now);
     (void)signal_step(0, 0, now);
 }
@@ -15190,8 +17002,7 @@ static int main_print_config(int argc, char **argv)
         sl v = env_get(r->name);
         uint8_t shown[1100];
         struct bb b = BB(shown);
-        bool mask = r->kind == ENV_SECRET || r->kind == ENV_LATER_SECRET
-            || sl_find(v, '@') < v.len;
+        bool mask = r->kind == ENV_SECRET || sl_find(v, '@') < v.len;
         log_put_value(&b, v.len == 0 ? sl_str(r->def)
             : mask ? SL("********") : v, false);
         snprintf(line, sizeof line, "%s%s=%.*s\n", v.len ? "" : "# ",
@@ -15271,6 +17082,57 @@ static int main_ca_pack(int argc, char **argv)
     return 0;
 }
 
+/* A registration file with fresh tokens, for a homeserver that finds us at
+ * the given URL. */
+static int main_registration(int argc, char **argv)
+{
+    static const char hex[] = "0123456789abcdef";
+    sl name = env_get("LIVEKIT_HS_SERVER_NAME");
+    uint8_t raw[64], text[2048];
+    char token[2][65] = { "", "" };
+    struct name n;
+    struct bb b = BB(text);
+    struct base base;
+    const char *url = argc > 0 ? argv[0] : "http://127.0.0.1:8080";
+    if (!name_parse(name, &n) || !cfg_base(sl_str(url), false, &base)
+        || !sl_starts(base.url.scheme, SL("http"))) {
+        out("LIVEKIT_HS_SERVER_NAME must be set to the homeserver's server "
+            "name, URL to where it reaches lkjwt\n");
+        return 1;
+    }
+    io_random(raw, sizeof raw);
+    for (size_t i = 0; i < 128; i++)
+        token[i / 64][i % 64] = hex[raw[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    const char *part[] = { "id: lkjwt\nurl: null\nas_token: ", token[0],
+        "\nhs_token: ", token[1], "\nsender_localpart: lkjwt\n"
+        "rate_limited: false\nnamespaces:\n  users:\n"
+        "    - exclusive: false\n      regex: '@.*:", NULL,
+        "'\n# MSC4512 and MSC4502, as Synapse reads them today\n"
+        "io.element.msc4512.proxy_prefix: rtc/livekit\n"
+        "io.element.msc4512.proxy_url: ", url, "\n"
+        "io.element.msc4502.scopes:\n"
+        "  - 'urn:matrix:client:io.element.msc4502:rooms:is_joined'\n"
+        "# and as they will be called\nproxy_prefix: rtc/livekit\n"
+        "proxy_url: ", url, "\nscopes:\n"
+        "  - 'urn:matrix:client:rooms:is_joined'\n" };
+    for (size_t i = 0; i < COUNT_OF(part); i++) {
+        if (part[i])
+            bb_str(&b, part[i]);
+        for (size_t k = 0; !part[i] && k < name.len; k++) {
+            if (name.p[k] == '.' || name.p[k] == '[' || name.p[k] == ']')
+                bb_byte(&b, '\\');
+            bb_byte(&b, name.p[k]);
+        }
+    }
+    bb_byte(&b, 0);
+    if (b.over)
+        return 1;
+    out((const char *)text);
+    wipe(text, sizeof text);
+    wipe(token, sizeof token);
+    return 0;
+}
+
 static int main_help(int argc, char **argv);
 static int main_check(int argc, char **argv);
 static int main_healthcheck(int argc, char **argv);
@@ -15284,12 +17146,16 @@ static const struct command {
 } command_tab[] = {
     { "", "", "serve", 0, main_serve },
     { "--check", " [SERVER_NAME]",
-      "test configuration, SFU, Redis and, when named, a homeserver", 1,
+      "test configuration, SFU, Redis, the homeserver whose application "
+      "service this is and, when named, a homeserver", 1,
       main_check },
     { "--healthcheck", "", "exit 0 if the local instance answers", 0,
       main_healthcheck },
     { "--print-config", "", "print the configuration, secrets masked", 0,
       main_print_config },
+    { "--registration", " [URL]", "print a registration file with new tokens "
+      "for LIVEKIT_HS_SERVER_NAME; URL: of lkjwt, as that sees it", 1,
+      main_registration },
     { "--ca-list", "", "print the trust anchors", 0, main_ca_list },
     { "--ca-pack", "", "build step: PEM on stdin to packed anchors", 0,
       main_ca_pack },
@@ -15408,7 +17274,9 @@ static bool main_begin(void)
     bool ok = cfg_load();
     ok = ca_load() && ok && !cfg_fault_cnt;
     cfg_wipe();
-    return ok;
+    if (!loop_open())
+        cfg_say(EV_CONFIG_BAD, "-", "epoll_create1(2) is refused");
+    return ok && loop_epoll >= 0;
 }
 
 /* Tell every limit that a variable sets, one pair each. */
@@ -15485,6 +17353,8 @@ static int main_serve(int argc, char **argv)
     main_open(&cfg.bind, 0);
     if (cfg.has_metrics)
         main_open(&cfg.metrics, 2);
+    if (cfg.has_as)
+        loop_wake(KIND_SEAT, SEAT_PROBE);
     while (!loop_is_over)
         loop_round(&mask);
     LOG0(EV_STOPPED);
@@ -15502,26 +17372,39 @@ struct ask {
     int64_t end;
 };
 
+/* Wait until the socket is ready. False: not in time. */
+static bool ask_ready(const struct ask *k, int fd, short events)
+{
+    struct pollfd p = { fd, events, 0 };
+    for (;;) {
+        int64_t left = k->end - io_now();
+        int n = left > 0 ? poll(&p, 1, (int)left) : 0;
+        if (n >= 0 || errno != EINTR)
+            return n == 1;
+    }
+}
+
 /* Ask over a new socket. False: no complete answer. */
 static bool ask_fd(struct ask *k, int fd, const struct sockaddr *sa,
     socklen_t len)
 {
-    struct pollfd p = { fd, POLLOUT, 0 };
-    int64_t left = k->end - io_now();
+    sl rest = k->request;
     k->len = 0;
-    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS) || left <= 0
-        || poll(&p, 1, (int)left) != 1 || io_connected(fd)
-        || io_write(fd, k->request) != (ssize_t)k->request.len)
+    if ((connect(fd, sa, len) < 0 && errno != EINPROGRESS && errno != EINTR)
+        || !ask_ready(k, fd, POLLOUT) || io_connected(fd))
         return false;
-    while (k->len < k->cap) {
-        p.events = POLLIN;
-        left = k->end - io_now();
-        if (left <= 0 || poll(&p, 1, (int)left) != 1)
+    while (rest.len) {
+        ssize_t n = ask_ready(k, fd, POLLOUT) ? io_write(fd, rest) : -EIO;
+        if (n < 0 && n != -EAGAIN)
             return false;
-        ssize_t n = io_read(fd, k->reply + k->len, k->cap - k->len);
-        if (n <= 0)
+        rest = sl_skip(rest, n > 0 ? (size_t)n : 0);
+    }
+    while (k->len < k->cap) {
+        ssize_t n = ask_ready(k, fd, POLLIN)
+            ? io_read(fd, k->reply + k->len, k->cap - k->len) : -EIO;
+        if (n == 0 || (n < 0 && n != -EAGAIN))
             return n == 0 && k->len > 0;
-        k->len += (size_t)n;
+        k->len += n > 0 ? (size_t)n : 0;
     }
     return true;
 }
@@ -15618,9 +17501,23 @@ static void check_run(bool (*is_over)(void))
         loop_round(&mask);
 }
 
-static bool check_sfu_over(void)
+static bool check_up_over(void)
 {
     return check_up->state == UP_DONE || check_up->state == UP_FAILED;
+}
+
+/* What stopped a call or a lookup; up may be NULL. For a denied address
+ * which range it lies in, and whether that can be allowed. */
+static void check_why(struct bb *b, enum event why, const struct up *up)
+{
+    const char *range;
+    bb_str(b, event_tab[why].text);
+    if (why != EV_SSRF_DENIED || !up)
+        return;
+    bool never = ip_range(up->addr.ip, &range) == RANGE_N;
+    bb_str(b, ", range ");
+    bb_str(b, range);
+    bb_str(b, never ? "" : "; LKJWT_ALLOW_NETWORKS allows it");
 }
 
 static void check_sfu(int64_t now)
@@ -15630,7 +17527,7 @@ static void check_sfu(int64_t now)
     check_up = lk_open(KIND_SIGNAL, 0, check_build, now + LIM_RPC_MS, now);
     if (!check_up)
         return;
-    check_run(check_sfu_over);
+    check_run(check_up_over);
     struct up *u = check_up;
     sl at = u->has_addr ? text_addr(addr, &u->addr) : SL("no address");
     sl code = lk_code(u);
@@ -15649,6 +17546,220 @@ static void check_sfu(int64_t now)
     up_close(u, io_now());
 }
 
+/* ---- --check: do clients find us? --------------------------------------
+ * As they do it (MSC4143): the well-known for clients of a server that the
+ * operator named, the service URL in it, and a request there. That is a
+ * POST to /get_token with an empty body: a service refuses it before it
+ * asks anybody, and unlike /healthz every proxy must let it through.
+ */
+
+/* The call at the URL of a focus; borrows from the well-known's reply. */
+static struct url check_url;
+
+static void check_build_focus(uint16_t idx, struct bb *b)
+{
+    (void)idx;
+    bb_str(b, "POST ");
+    bb_put(b, check_url.rest);
+    bb_str(b, "/get_token HTTP/1.1\r\nHost: ");
+    bb_put(b, check_url.name.whole);
+    bb_str(b, "\r\nAccept: application/json\r\nUser-Agent: lkjwt/"
+        LKJWT_VERSION "\r\nContent-Length: 0\r\n\r\n");
+}
+
+/* As much of a path as a line takes. */
+static sl check_cut(sl path)
+{
+    return (sl){ path.p, path.len < 100 ? path.len : 100 };
+}
+
+static void check_put_url(struct bb *b, const struct url *url)
+{
+    bb_str(b, "https://");
+    bb_put(b, url->name.whole);
+    bb_put(b, check_cut(url->rest));
+    bb_str(b, ": ");
+}
+
+/* Read the list of foci; *url is the first one of LiveKit's. Returns 0 or
+ * -EV_JSON_*. */
+MUST_USE static int check_foci(struct js *j, sl *url)
+{
+    struct focus { sl type, url; } f;
+    static const struct js_field field[] = {
+        { "type", JS_STRING, offsetof(struct focus, type), NULL },
+        { "livekit_service_url", JS_STRING, offsetof(struct focus, url),
+          NULL } };
+    static const struct js_table tab = { field, 2, false, false };
+    static const struct js_field item = { "", JS_OBJECT, 0, &tab };
+    if (!js_take(j, '['))
+        return -EV_JSON_TYPE;
+    js_blank(j);
+    for (bool more = !js_take(j, ']'); more; ) {
+        f = (struct focus){ { NULL, 0 }, { NULL, 0 } };
+        int err = js_value(j, &item, &f);
+        if (err)
+            return err;
+        if (url->len == 0 && sl_eq(f.type, SL("livekit")))
+            *url = f.url;
+        js_blank(j);
+        more = js_take(j, ',');
+        js_blank(j);
+        if (!more && !js_take(j, ']'))
+            return -EV_JSON_SYNTAX;
+    }
+    return 0;
+}
+
+/* Find LiveKit's service URL in a well-known for clients, decoded in place.
+ * Returns NULL or what is wrong. */
+static const char *check_well_known(uint8_t *text_raw, size_t len, sl *url)
+{
+    static const char broken[] = "is not JSON as clients expect it";
+    struct js j;
+    bool found = false;
+    j.p = text_raw;
+    j.len = len;
+    j.pos = j.key_cnt = 0;
+    j.depth = 1;
+    j.value_cnt = 0;
+    js_blank(&j);
+    if (!js_take(&j, '{'))
+        return broken;
+    js_blank(&j);
+    for (bool more = !js_take(&j, '}'); more; ) {
+        sl key;
+        if (js_key(&j, 0, &key))
+            return broken;
+        bool is_foci = sl_eq(key, SL("org.matrix.msc4143.rtc_foci"));
+        found |= is_foci;
+        if (is_foci ? check_foci(&j, url) : js_value(&j, NULL, NULL))
+            return broken;
+        js_blank(&j);
+        more = js_take(&j, ',');
+        js_blank(&j);
+        if (!more && !js_take(&j, '}'))
+            return broken;
+    }
+    js_blank(&j);
+    return j.pos < j.len ? broken
+        : !found ? "has no org.matrix.msc4143.rtc_foci: clients do not know "
+            "where calls are"
+        : url->len == 0 ? "org.matrix.msc4143.rtc_foci has no entry of type "
+            "livekit with a livekit_service_url"
+        : NULL;
+}
+
+/* Ask for the well-known, redirects followed, and read it. Returns whether
+ * check_url is where clients are led to; else b says what is wrong. */
+static bool check_led(struct lookup *l, struct bb *b)
+{
+    sl at = { NULL, 0 };
+    lookup_first_hop(l, "/.well-known/matrix/client", io_now());
+    while (l->up && l->state != L_FAILED) {
+        l->state = L_DONE;           /* the reply is ours to read */
+        check_up = l->up;
+        check_run(check_up_over);
+        unsigned st = l->up->head.status;
+        if (l->up->state == UP_FAILED || (st != 301 && st != 302 && st != 303
+            && st != 307 && st != 308))
+            break;
+        lookup_redirect(l, io_now());
+    }
+    check_put_url(b, &l->url);
+    struct up *u = l->up;
+    if (l->state == L_FAILED || u->state == UP_FAILED) {
+        bb_str(b, u && u->state == UP_FAILED ? u->step : "");
+        bb_str(b, u && u->state == UP_FAILED ? ": " : "");
+        check_why(b, l->state == L_FAILED ? l->why : u->why, u);
+        return false;
+    }
+    if (u->head.status != 200) {
+        bb_str(b, "answers ");
+        bb_u64(b, u->head.status);
+        bb_str(b, "; clients read there where calls are");
+        return false;
+    }
+    const char *why = check_well_known(up_body(u), u->intake.len, &at);
+    if (!why && (!url_parse(at, &check_url) || check_url.has_query
+        || !sl_ieq(check_url.scheme, SL("https"))
+        || !host_is_public(l, &check_url.name)))
+        why = "livekit_service_url is not a plain https:// URL";
+    bb_str(b, why ? why : "");
+    return !why;
+}
+
+/* Judge the answer at the URL of a focus. Returns whether it is ours. */
+static bool check_focus_answer(struct up *u, struct bb *b)
+{
+    static const struct js_field field[] = {
+        { "errcode", JS_STRING, 0, NULL } };
+    static const struct js_table tab = { field, 1, false, false };
+    unsigned st = u->head.status;
+    sl code = { NULL, 0 };
+    if (u->state == UP_FAILED) {
+        bb_str(b, u->step);
+        bb_str(b, ": ");
+        check_why(b, u->why, u);
+        return false;
+    }
+    bool matrix = !js_parse(up_body(u), u->intake.len, &tab, &code)
+        && sl_starts(code, SL("M_"));
+    if (matrix && st != 404) {
+        bb_str(b, "answers");
+        return true;
+    }
+    bb_str(b, "answers ");
+    bb_u64(b, st);
+    bb_str(b, " to /get_token: ");
+    bb_str(b, st == 404 ? "the proxy leads it elsewhere"
+        : st >= 300 && st < 400 ? "browsers do not follow; name the URL "
+            "that it leads to"
+        : st >= 502 && st <= 504 ? "the proxy does not reach lkjwt"
+        : "not as lkjwt does");
+    if (st == 404 && !matrix && check_url.path.len) {
+        bb_str(b, ", or leaves the prefix in: strip it there or set "
+            "LKJWT_PATH_PREFIX=");
+        bb_put(b, check_cut(check_url.path));
+    }
+    return false;
+}
+
+/* Whether the clients of a server, which the operator named, find us. */
+static void check_focus(const struct name *n, int64_t now)
+{
+    uint8_t text[800];
+    struct bb b = BB(text);
+    struct lookup *l = lookup_take(KIND_SIGNAL, 0, n, now, now);
+    if (!l)
+        return;
+    l->is_client = true;
+    note_hook = NULL;
+    bool ok = check_led(l, &b);
+    loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
+    if (ok) {
+        struct up_call c = { .owner = KIND_SIGNAL, .label = TL_CLIENT_API,
+            .trust = name_trust(&check_url.name, l->is_listed),
+            .is_tls = true, .host = check_url.name.host,
+            .port = check_url.name.port ? check_url.name.port : 443,
+            .cert_name = check_url.name.host, .reply_cap = LIM_RPC_LEN,
+            .end = io_now() + LIM_RPC_MS, .build = check_build_focus,
+            .search = is_single_label(check_url.name.host) };
+        b.len = 0;
+        check_put_url(&b, &check_url);
+        check_up = up_open(&c, 0, LIM_UP_CNT, io_now());
+        ok = check_up != NULL;
+        if (ok) {
+            check_run(check_up_over);
+            ok = check_focus_answer(check_up, &b);
+            up_close(check_up, io_now());
+        }
+    }
+    check_line("focus", ok, (sl){ text, b.len });
+    check_failed |= !ok;
+    lookup_close(l, io_now());
+}
+
 static struct lookup *check_lookup;
 
 static bool check_lookup_over(void)
@@ -15661,8 +17772,7 @@ static bool check_lookup_over(void)
 static void check_homeserver(int64_t now)
 {
     struct name n;
-    char text[300];
-    uint8_t addr[64];
+    uint8_t addr[64], text[400];
     if (!name_parse(check_server, &n)) {
         check_line("name", false, sl_str(event_tab[EV_NAME_BAD].text));
         check_failed = true;
@@ -15683,23 +17793,23 @@ static void check_homeserver(int64_t now)
     check_run(check_lookup_over);
     struct lookup *l = check_lookup;
     bool ok = l->why == EV_TOKEN_UNKNOWN;
-    sl at = l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
-        : n.whole;
-    const char *hint = ok ? "knows OpenID tokens; all is well"
-        : l->why == EV_REPLY_STATUS
-        ? "answers, but not to OpenID look-ups: is its `openid` or "
-          "`federation` listener on?"
-        : event_tab[l->why].text;
-    const char *range = "";
-    bool denied_addr = l->why == EV_SSRF_DENIED && l->up;
-    bool never = denied_addr && ip_range(l->up->addr.ip, &range) == RANGE_N;
-    snprintf(text, sizeof text, "%.*s: %s%s%s%s", (int)at.len,
-        (const char *)at.p, hint, denied_addr ? ", range " : "", range,
-        denied_addr && !never ? "; LKJWT_ALLOW_NETWORKS allows it" : "");
+    struct bb b = BB(text);
+    bb_put(&b, l->up && l->up->has_addr ? text_addr(addr, &l->up->addr)
+        : n.whole);
+    bb_str(&b, ": ");
+    if (ok)
+        bb_str(&b, "knows OpenID tokens; all is well");
+    else if (l->why == EV_REPLY_STATUS)
+        bb_str(&b, "answers, but not to OpenID look-ups: is its `openid` or "
+            "`federation` listener on?");
+    else
+        check_why(&b, l->why, l->up);
     check_line(ok ? "userinfo" : l->step ? l->step : "userinfo", ok,
-        sl_str(text));
+        (sl){ text, b.len });
     check_failed |= !ok;
     lookup_close(l, io_now());
+    if (name_in(n.whole, cfg.full_access, cfg.full_access_cnt))
+        check_focus(&n, io_now());
 }
 
 static bool check_redis_over(void)
@@ -15724,6 +17834,60 @@ static void check_redis(int64_t now)
         ok ? "answers, log-in accepted" : rds_last_fault);
     check_line("redis", ok, sl_str(text));
     check_failed |= !ok;
+}
+
+static struct inquiry *check_inq;
+
+static bool check_inq_over(void)
+{
+    return check_inq->state == I_DONE;
+}
+
+/* Put one question to the homeserver that we are an application service of.
+ * `want` is the status that shows that all is well, `errcode` one that
+ * shows as much. */
+static void check_ask(enum inq_kind kind, sl first, sl second,
+    unsigned want, const char *errcode, const char *good)
+{
+    char text[300];
+    int64_t now = io_now();
+    check_inq = inq_open(kind, first, second, now + LIM_INQ_MS);
+    if (!check_inq)
+        return;
+    check_run(check_inq_over);
+    const struct inquiry *q = check_inq;
+    bool known = errcode && sl_eq(q->reply.errcode, sl_str(errcode));
+    bool ok = q->answer != INQ_UNKNOWN && !q->hint
+        && (q->status == want || known);
+    snprintf(text, sizeof text, "%s%s%.*s", ok ? good : q->hint ? q->hint
+        : q->why ? event_tab[q->why].text : "unexpected answer ",
+        "", ok || q->hint || q->why ? 0 : (int)log_errcode(
+            q->reply.errcode).len, (const char *)q->reply.errcode.p);
+    check_line(inq_tab[kind].name, ok, sl_str(text));
+    check_failed |= !ok;
+    inq_close(check_inq, now);
+}
+
+/* Ask the homeserver for all that the application-service mode needs: our
+ * token, the scope, the relay, and that it passes requests on to a running
+ * lkjwt whose token it knows. A registration without `url` cannot be pinged,
+ * which shows that the token is accepted all the same. */
+static void check_appservice(void)
+{
+    uint8_t text[LIM_NAME_LEN + 8];
+    struct bb room = BB(text);
+    if (!cfg.has_as)
+        return;
+    bb_str(&room, "!lkjwt:");
+    bb_put(&room, cfg.hs_name.whole);
+    check_ask(INQ_PING, cfg.as_id, SL(""), 200, "M_URL_NOT_SET",
+        "the homeserver accepts LIVEKIT_AS_TOKEN");
+    check_ask(INQ_SERVER, (sl){ text, room.len }, cfg.hs_name.whole, 200,
+        NULL, "the homeserver tells who is joined");
+    check_ask(INQ_RELAY, SL(""), SL(""), 400, NULL,
+        "the homeserver relays to others");
+    check_ask(INQ_LOOP, SL(""), SL(""), 400, NULL,
+        "the homeserver passes requests on to lkjwt");
 }
 
 /* The value of a metric in a reply, 0 when it is not there. */
@@ -15773,6 +17937,7 @@ static int main_check(int argc, char **argv)
         return 1;
     check_sfu(io_now());
     check_redis(io_now());
+    check_appservice();
     check_webhooks();
     if (argc > 0) {
         check_server = sl_str(argv[0]);

@@ -1025,7 +1025,8 @@ static void fuzz_record(sl data)
     if (!why) {
         sl ff = { f, field.len }, vv = { v, data.len };
         want(in(r.alias, ff) && in(r.identity, ff) && in(r.delay_id, vv)
-            && in(r.server, vv) && in(r.identity2, vv) && in(r.sid, vv));
+            && in(r.server, vv) && in(r.identity2, vv) && in(r.sid, vv)
+            && in(r.owner, vv));
         want(r.timeout_ms == 0 || (r.timeout_ms >= LIM_DELAY_MIN_MS
             && r.timeout_ms <= LIM_DELAY_MAX_MS));
         struct bb a = BB(text[0]), b = BB(text[1]);
@@ -1048,6 +1049,7 @@ static void fuzz_record(sl data)
                 && sl_eq(r.identity, again.identity)
                 && sl_eq(r.identity2, again.identity2)
                 && sl_eq(r.sid, again.sid)
+                && sl_eq(r.owner, again.owner)
                 && r.is_connected == again.is_connected
                 && r.timeout_ms == again.timeout_ms
                 && r.restarted_s == again.restarted_s

@@ -38,7 +38,8 @@ apt_test='libc6-dev:/usr/include/stdio.h binutils:readelf git:git clang:clang
     libclang-rt-dev:/usr/lib/llvm-*/lib/clang/*/lib/linux
     llvm:llvm-symbolizer python3-venv:@ensurepip dnsmasq-base:dnsmasq
     nginx-light:nginx haproxy:haproxy redis-server:redis-server
-    gnutls-bin:gnutls-serv strace:strace debootstrap:debootstrap'
+    gnutls-bin:gnutls-serv strace:strace debootstrap:debootstrap
+    util-linux:setpriv'
 # What the benchmark is built with, and what stands beside the service.
 apt_bench='golang-go:go nginx-light:nginx gnuplot-nox:gnuplot
     util-linux:unshare iproute2:ip'

@@ -24,6 +24,7 @@
 #include "unit_store.h"
 #include "unit_rates.h"
 #include "unit_faults.h"
+#include "unit_appservice.h"
 
 static const struct { const char *name; void (*run)(void); bool is_long; }
     group_tab[] = {
@@ -53,6 +54,8 @@ static const struct { const char *name; void (*run)(void); bool is_long; }
     { "loop", test_loop },
     { "faults", test_faults }, { "rates", test_rates },
     { "clock", test_clock },
+    { "registration", test_registration },
+    { "appservice", test_appservice },
     { "s29-compare", test_s29_secrets_are_compared_in_constant_time },
     { "s30-seeds", test_s30_every_tls_context_is_seeded },
     { "failing-calls", test_s25_no_failing_call_does_harm, true },

@@ -94,15 +94,15 @@ static const char *fault_after(int64_t rest_ms)
 static void fault_each(const struct fault_row *tab, size_t cnt)
 {
     static const char *const err_name[] = { "short", "EINTR", "EAGAIN",
-        "ECONNRESET", "ENOBUFS", "EMFILE", "ENOSYS" };
+        "ECONNRESET", "ENOBUFS", "ENOMEM", "EMFILE", "ENOSYS" };
     fault_fits = true;
     for (size_t i = 0; i < cnt; i++)
         for (size_t e = 0; e < COUNT_OF(fault_fit_tab); e++) {
             unsigned bad = 0;
-            long seen = 1;
+            long seen;
             fault_errno = fault_fit_tab[e].err;
             fault_must_work = fault_errno == 0 || fault_errno == EINTR;
-            for (fault_next = 0; seen > fault_next; fault_next++) {
+            for (fault_next = 0; ; fault_next++) {
                 char why[1500] = "";
                 const char *text = tab[i].run();
                 seen = fault_seen;
@@ -117,7 +117,7 @@ static void fault_each(const struct fault_row *tab, size_t cnt)
                 if (why[0] && bad++ < 3)
                     row(name_of("%s: %s of call %ld", tab[i].name,
                         err_name[e], fault_next), false, "%s", why);
-                if (seen <= fault_next)
+                if (seen <= fault_next)      /* a run without a fault */
                     break;
             }
             row(name_of("%s: %s of each of %ld calls", tab[i].name,
@@ -418,13 +418,14 @@ static struct {
 } *fault_child;
 static struct sock *fault_client[3];
 static int64_t fault_since;
+static bool fault_is_unix;               /* listeners are unix sockets */
 
 /* As time passes: once there are listeners they are asked, once they have
  * answered the service is stopped. */
 static void fault_start_poll(void)
 {
     char body[2000];
-    if (!watch_tab[loop_base(KIND_LISTEN)].poll_at || signal_stop)
+    if (!watch_tab[loop_base(KIND_LISTEN)].fd_at || signal_stop)
         return;
     if (!fault_client[0]) {
         fault_child->seen = fault_seen;
@@ -449,8 +450,8 @@ static void fault_start_poll(void)
     signal_stop = 1;
 }
 
-/* The whole of a process: files, listeners, Redis, clients, the end. */
-static void fault_start_child(void)
+/* The environment of a child; later rows win. */
+static void fault_env(const char *const more[][2], size_t cnt)
 {
     static const char *const env[][2] = {
         { "LIVEKIT_URL", "wss://sfu.example.org" },
@@ -469,13 +470,32 @@ static void fault_start_child(void)
     (void)clearenv();
     for (size_t i = 0; i < COUNT_OF(env); i++)
         (void)setenv(env[i][0], env[i][1], 1);
+    for (size_t i = 0; i < cnt; i++)
+        (void)setenv(more[i][0], more[i][1], 1);
+    memset(&cfg, 0, sizeof cfg);
+    ZERO(anchor_set);
+}
+
+/* The whole of a process: files, listeners, Redis, clients, the end. */
+static void fault_start_child(void)
+{
+    static const char *const by_unix[][2] = {
+        { "LIVEKIT_JWT_BIND", "unix:/run/x/public" },
+        { "LKJWT_METRICS_BIND", "/run/x/metrics" },
+        { "LIVEKIT_REDIS_URL", "" },
+    };
+    fault_env(by_unix, fault_is_unix ? COUNT_OF(by_unix) : 0);
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
         if (listener_pool[i].fd >= 0)
             sock_of(listener_pool[i].fd)->used = false;
     ZERO(watch_tab);
-    poll_cnt = 0;
-    memset(&cfg, 0, sizeof cfg);
-    ZERO(anchor_set);
+    ZERO(fd_tab);
+    stale_cnt = 0;
+    world_has_paths = fault_is_unix;
+    if (fault_is_unix) {                 /* left by one that was killed */
+        path_add("/run/x/public");
+        path_add("/run/x/metrics");
+    }
     fault_sent_before = world_sent;
     world_sent = fault_sent;
     world_poll = fault_start_poll;
@@ -488,9 +508,10 @@ static void fault_start_child(void)
     for (size_t i = 0; i < LIM_CHAN_CNT; i++)
         open -= chan_pool[i].state != CHAN_FREE;
     if (fault_child->status == 0 && (open || listener_pool[0].fd >= 0
-        || listener_pool[2].fd >= 0 || met.gauge[GA_CONNECTIONS]))
+        || listener_pool[2].fd >= 0 || met.gauge[GA_CONNECTIONS]
+        || path_find("/run/x/public") || path_find("/run/x/metrics")))
         snprintf(fault_child->left, sizeof fault_child->left,
-            "%u sockets open", open);
+            "%u sockets open, or a path left", open);
     if (fault_child->status == 0 ? !fault_child->is_served
         : !fault_child->is_told || fault_must_work)
         snprintf(fault_child->left, sizeof fault_child->left, "%.1100s",
@@ -519,6 +540,185 @@ static const char *fault_start(void)
             ? ", served" : "", fault_child->left) : NULL;
 }
 
+static const char *fault_start_unix(void)
+{
+    fault_is_unix = true;
+    const char *text = fault_start();
+    fault_is_unix = false;
+    return text;
+}
+
+/* Run as a program in a child with what it prints at hand, until
+ * fault_child->left says what is wrong with it. */
+static const char *fault_program(void (*child)(void))
+{
+    int status = 0;
+    memset(fault_child, 0, sizeof *fault_child);
+    fault_child->status = -1;
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        world_has_out = true;
+        child();
+        _exit(0);
+    }
+    if (pid < 0 || waitpid(pid, &status, 0) != pid)
+        abort();
+    fault_seen = fault_child->seen;
+    return status || fault_child->left[0] ? fault_wrong("ended by %x, %d, %s",
+        (unsigned)status, fault_child->status, fault_child->left) : NULL;
+}
+
+static void fault_main(const char *a, const char *b)
+{
+    char name[] = "lkjwt", arg[2][40];
+    char *argv[] = { name, arg[0], b ? arg[1] : NULL, NULL };
+    snprintf(arg[0], sizeof arg[0], "%s", a);
+    snprintf(arg[1], sizeof arg[1], "%s", b ? b : "");
+    fault_arm();
+    fault_child->status = lkjwt_main(b ? 3 : 2, argv);
+    fault_child->seen = fault_seen;
+    fault_disarm();
+}
+
+/* The instance that is asked: at a unix socket, or at port 8080. */
+static void fault_health_dial(struct sock *s)
+{
+    if (s->to.ss_family == AF_UNIX) {
+        s->up_at = world_ms;
+        s->tag = 7;
+    } else {
+        net_dial(s);
+    }
+}
+
+static void fault_health_sent(struct sock *s)
+{
+    if (s->tag != 7)
+        net_sent(s);
+    else if (strstr((char *)s->out, "\r\n\r\n"))
+        sock_say(s, OK_REPLY);
+}
+
+/* Well, or unhealthy and said so: nothing in between. */
+static void fault_healthcheck_child(void)
+{
+    static const char *const by_unix[][2] = {
+        { "LIVEKIT_JWT_BIND", "unix:/run/x/public" } };
+    fault_env(by_unix, fault_is_unix);
+    world_dial = fault_health_dial;
+    world_sent = fault_health_sent;
+    fault_main("--healthcheck", NULL);
+    bool ok = fault_child->status == 0;
+    bool is_told = strncmp(world_out, "unhealthy: no 200", 17) == 0
+        || (fault_errno && world_out_len == 0);      /* stdout failed */
+    if (ok ? world_out_len != 0 : fault_child->status != 1 || !is_told
+        || fault_must_work)
+        snprintf(fault_child->left, sizeof fault_child->left, "%.900s",
+            world_out);
+}
+
+static const char *fault_healthcheck(void)
+{
+    net_reset();
+    site_tab[0] = (struct site){ .host = "127.0.0.1", .port = 8080,
+        .reply = { "~" OK_REPLY } };
+    return fault_program(fault_healthcheck_child);
+}
+
+static const char *fault_healthcheck_unix(void)
+{
+    fault_is_unix = true;
+    const char *text = fault_healthcheck();
+    fault_is_unix = false;
+    return text;
+}
+
+/* Redis beside the sites of the exchange. */
+static void fault_check_dial(struct sock *s)
+{
+    leave_is(s, "10.0.0.6") ? store_dial(s) : net_dial(s);
+}
+
+static void fault_check_sent(struct sock *s)
+{
+    leave_is(s, "10.0.0.6") ? store_sent(s) : net_sent(s);
+}
+
+#define JSON(len, text) "HTTP/1.1 200 OK\r\nContent-Length: " #len \
+    "\r\n\r\n" text
+static const char check_told[] = "ok    config      complete\n"
+    "ok    anchors     1\n"
+    "ok    sfu         http://10.0.0.8:7880 (10.0.0.8:7880): answers, key "
+    "accepted\n"
+    "ok    redis       10.0.0.6:6379: answers, log-in accepted\n"
+    "ok    webhooks    3 since the start\n"
+    "ok    name        full access: may create rooms\n"
+    "ok    override    http://10.0.0.9\n"
+    "ok    connect     10.0.0.9:80\n"
+    "ok    userinfo    10.0.0.9:80: knows OpenID tokens; all is well\n"
+    "ok    focus       https://rtc.org/x: answers\n"
+    "all is well\n";
+
+/* What is told, but the line of an instance that does not answer: it need
+ * not run for a check. */
+static bool fault_check_whole(void)
+{
+    static const char line[] = "ok    webhooks    3 since the start\n";
+    const char *at = strstr(check_told, line);
+    size_t before = (size_t)(at - check_told);
+    return strcmp(world_out, check_told) == 0
+        || (!fault_must_work && strncmp(world_out, check_told, before) == 0
+            && strcmp(world_out + before, at + strlen(line)) == 0);
+}
+
+/* All steps are well and said to be, or one is not, and the status tells
+ * it; a line that could not be printed counts as a fault. */
+static void fault_check_child(void)
+{
+    static const char *const env[][2] = {
+        { "LKJWT_CA_FILE", "build/unit/root.pem" },
+        { "LKJWT_RESOLVER", "10.0.0.53" } };
+    fault_env(env, COUNT_OF(env));
+    world_wall = 1790000000000 - world_ms;       /* within certificates */
+    fault_main("--check", "a.org");
+    bool whole = fault_check_whole();
+    bool is_told = strstr(world_out, "\nno ") || strncmp(world_out, "no ", 3)
+        == 0 || log_has("level=error")
+        || (fault_errno && strcmp(world_out, check_told) != 0);
+    if (fault_child->status == 0 ? !whole : fault_child->status != 1
+        || fault_must_work || !is_told)
+        snprintf(fault_child->left, sizeof fault_child->left, "%.1100s",
+            world_out);
+}
+
+static const char *fault_check(void)
+{
+    store_reset(R_);
+    net_reset();
+    world_dial = fault_check_dial;
+    world_sent = fault_check_sent;
+    zone_add("a.org", "A", "A:10.0.0.1");
+    zone_add("rtc.org", "A", "A:10.0.0.2");
+    site_tab[0] = (struct site){ .host = "10.0.0.9", .port = 80, .reply = {
+        "HTTP/1.1 401 X\r\nContent-Length: 2\r\n\r\n{}" } };
+    site_tab[1] = (struct site){ .host = "10.0.0.8", .port = 7880, .reply = {
+        "HTTP/1.1 404 X\r\nContent-Length: 20\r\n\r\n"
+        "{\"code\":\"not_found\"}" } };
+    site_tab[2] = (struct site){ .host = "127.0.0.1", .port = 8081,
+        .reply = { "~" "HTTP/1.0 200 OK\r\n\r\n"
+        "lkjwt_events_total{event=\"WEBHOOK\"} 3\n" } };
+    site_tab[3] = (struct site){ .host = "10.0.0.1", .port = 443,
+        .tls = TLS_YES, .san = "a.org", .reply = { JSON(94,
+        "{\"org.matrix.msc4143.rtc_foci\":[{\"type\":\"livekit\","
+        "\"livekit_service_url\":\"https://rtc.org/x\"}]}") } };
+    site_tab[4] = (struct site){ .host = "10.0.0.2", .port = 443,
+        .tls = TLS_YES, .san = "rtc.org", .reply = {
+        "HTTP/1.1 400 X\r\nContent-Length: 24\r\n\r\n"
+        "{\"errcode\":\"M_NOT_JSON\"}" } };
+    return fault_program(fault_check_child);
+}
+
 /* The child's pools went with it. */
 static const char *fault_start_left(void)
 {
@@ -528,12 +728,22 @@ static const char *fault_start_left(void)
 static void fault_start_rows(void)
 {
     static const struct fault_row tab[] = {
-        { "start-up", 0, fault_start, fault_start_left, true } };
+        { "start-up", 0, fault_start, fault_start_left, true },
+        { "start-up on unix sockets", 0, fault_start_unix, fault_start_left,
+            true },
+        { "--healthcheck", 0, fault_healthcheck, fault_start_left, true },
+        { "--healthcheck, unix", 0, fault_healthcheck_unix, fault_start_left,
+            true },
+        { "--check", 0, fault_check, fault_start_left, true } };
     fault_child = mmap(NULL, sizeof *fault_child, PROT_READ | PROT_WRITE,
         MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (fault_child == MAP_FAILED)
         abort();
     stray_file(true);
+    struct bb root = work_bb();
+    pem_put(&root, chain_part('R', NULL));
+    bb_byte(&root, 0);
+    file_write("build/unit/root.pem", (char *)work_buf);
     file_write("build/unit/hosts", "127.0.0.1 localhost\n");
     file_write("build/unit/keys",
         "devkey: 0123456789abcdef0123456789abcdef\n");
@@ -544,6 +754,147 @@ static void fault_start_rows(void)
         fault_child->status, fault_child->is_served);
     world_has_random = true;
     munmap(fault_child, sizeof *fault_child);
+}
+
+/* ---- the sandbox ---- */
+
+/* Who starts it, and what there is: unit_kernel.h. */
+static const struct {
+    const char *name;
+    struct kernel kernel;
+    int64_t uid;                         /* LKJWT_UID */
+} jail_start_tab[] = {
+    { "root", { .uid = 0 }, 65532 },
+    { "root that stays", { .uid = 0 }, 0 },
+    { "root, capabilities kept", { .uid = 0, .keeps_caps = true }, 65532 },
+    { "a user", { .uid = 1000 }, 65532 },
+    { "a user with capabilities", { .uid = 1000, .ambient =
+        1ull << KB_SETPCAP | 1ull << KB_SYS_ADMIN | 1ull << KB_SETUID },
+        65532 },
+};
+
+#define JAIL_LINKS "build/unit/links"
+static int jail_start_errno;             /* of the call that fails */
+
+static void jail_start(size_t who, char mode, bool has_outer)
+{
+    memset(&cfg, 0, sizeof cfg);
+    memset(met.jail, 0, sizeof met.jail);
+    log_clear();
+    kernel = jail_start_tab[who].kernel;
+    kernel.effective = kernel.permitted = kernel.uid == 0 ? kernel_all()
+        : kernel.ambient;
+    kernel.inheritable = kernel.ambient;
+    kernel.bounding = kernel_all();
+    kernel.has_outer = has_outer;
+    kernel.fail_errno = jail_start_errno;
+    kernel.group_cnt = 3;
+    kernel.core = UINT64_MAX;
+    kernel.soft = 1024;
+    kernel.hard = 4096;
+    kernel.is_dumpable = true;
+    cfg.jail = mode;
+    cfg.uid = jail_start_tab[who].uid;
+    cfg.max_conns = LIM_CONN_CNT;
+    cfg.ca_file = SL(STRAY "\0");
+    cfg.ca_only = true;
+    cfg.cert_dir = SL(JAIL_LINKS "\0");
+    cfg.bind.is_unix = true;
+    cfg.bind.path = SL("build/unit/socket\0");
+}
+
+/* Whether a layer holds, as the kernel has it. */
+static bool jail_holds(enum jail_layer layer)
+{
+    switch (layer) {
+    case JL_CORE: return kernel.core == 0;
+    case JL_IDS: return kernel.uid == 1000
+        || (kernel.uid == 65532 && kernel.gid == 65532
+            && kernel.group_cnt == 0 && !kernel_can(KB_SETUID));
+    case JL_CAPS: return !(kernel.effective | kernel.permitted
+        | kernel.inheritable | kernel.ambient);
+    case JL_PRIVS: return kernel.no_new_privs;
+    case JL_DUMP: return !kernel.is_dumpable;
+    case JL_LANDLOCK: return kernel.is_landlocked;
+    case JL_SECCOMP: return kernel.is_filtered;
+    case JL_CNT: break;
+    }
+    return false;
+}
+
+/* One start. Returns NULL or what is wrong: a layer that is told and does
+ * not hold; one more missing than the call stands for; a start that goes on
+ * where a layer is required, or ends where none is. */
+static const char *jail_run(size_t who, char mode, bool has_outer)
+{
+    static char line[500];
+    unsigned missing = 0, lied = 0, idle = 0;
+    jail_start(who, mode, has_outer);
+    bool stays = cfg.uid == 0;
+    kernel.is_on = true;
+    fault_arm();
+    main_nofile();
+    bool goes_on = jail_enter();
+    fault_disarm();
+    kernel.is_on = false;
+    char text[2][200] = { "", "" };
+    for (enum jail_layer i = 0; i < JL_CNT; i++) {
+        char *list = text[!met.jail[i]];
+        snprintf(list + strlen(list), sizeof text[0] - strlen(list), "%s%s",
+            list[0] ? "," : "", jail_layer_tab[i]);
+        lied += met.jail[i] && !jail_holds(i);
+        missing += !met.jail[i] && !(i == JL_IDS && stays);
+        idle += !met.jail[i];
+    }
+    snprintf(line, sizeof line, " layers=%s%s%s\n", text[0][0]
+        ? text[0] : "none", text[1][0] ? " missing=" : "", text[1]);
+    bool is_told = log_has(line)
+        && log_has("event=JAIL_BAD ") == (mode == 'r' && missing);
+    bool is_off = mode == 'o' && idle == JL_CNT && kernel.uid
+        == jail_start_tab[who].kernel.uid && kernel.permitted;
+    bool has_bounding = mode != 'o' && !kernel.failed && kernel.bounding
+        && jail_start_tab[who].kernel.uid == 0;
+    bool has_room = cfg.max_conns + 32 < (int64_t)kernel.soft;
+    return !lied && is_told && has_room && !has_bounding && goes_on == (mode != 'r'
+        || !missing) && (mode == 'o' ? is_off || who == 3
+        : missing <= (kernel.failed ? 3 : 0)) ? NULL
+        : fault_wrong("%s failed: %u told and not so, goes on: %d, clients "
+            "%lld of %lld, %.900s", kernel.failed ? kernel.failed : "nothing",
+            lied, goes_on, (long long)cfg.max_conns, (long long)kernel.soft,
+            log_buf);
+}
+
+static void fault_jail_rows(void)
+{
+    static const struct { const char *name; int err; } err_tab[] = {
+        { "EPERM", EPERM }, { "ENOSYS", ENOSYS }, { "EINVAL", EINVAL },
+        { "EAGAIN", EAGAIN }, { "ENOMEM", ENOMEM }, { "killed", 0 } };
+    static const char mode_tab[] = "aro";
+    (void)mkdir(JAIL_LINKS, 0755);
+    (void)symlink("../ca2.pem", JAIL_LINKS "/ca.pem");
+    for (size_t who = 0; who < COUNT_OF(jail_start_tab); who++)
+        for (size_t m = 0; m < 3; m++)
+            for (size_t e = 0; e < COUNT_OF(err_tab); e++) {
+                unsigned bad = 0, calls = 0;
+                for (int outer = 0; outer < 2; outer++)
+                    for (fault_next = 0; ; fault_next++) {
+                        /* of all calls only a trial can be killed */
+                        jail_start_errno = err_tab[e].err;
+                        const char *text = jail_run(who, mode_tab[m], outer);
+                        if (text && bad++ < 3)
+                            row(name_of("sandbox of %s, %c: %s of call %ld",
+                                jail_start_tab[who].name, mode_tab[m],
+                                err_tab[e].name, fault_next), false, "%s",
+                                text);
+                        calls++;
+                        if (!kernel.failed)
+                            break;
+                    }
+                row(name_of("sandbox of %s, %c: %s of each of %u calls",
+                    jail_start_tab[who].name, mode_tab[m], err_tab[e].name,
+                    calls), bad == 0 && calls > 2, "%u bad", bad);
+            }
+    net_reset();
 }
 
 static const struct fault_row fault_tab[] = {
@@ -562,6 +913,7 @@ static const struct fault_row fault_tab[] = {
 
 static void test_s25_no_failing_call_does_harm(void)
 {
+    fault_jail_rows();
     fault_start_rows();
     fault_each(fault_tab, COUNT_OF(fault_tab));
     world_is_random = true;

@@ -46,6 +46,8 @@ static const struct jt_call {
     { JT_N(getsockname), JW_ALLOW, { 51, 204, 286 } },
     { JT_N(getpeername), JW_ALLOW, { 52, 205, 287 } },
     { JT_N(poll), JW_ALLOW, { 7, -1, 168 } },
+    { JT_N(epoll_ctl), JW_ALLOW, { 233, 21, 251 } },
+    { JT_N(epoll_pwait), JW_ALLOW, { 281, 22, 346 } },
     { JT_N(ppoll), JW_ALLOW, { 271, 73, 336 } },
     { "ppoll_time64", -1, JW_ALLOW, { -1, -1, 414 } },
     { JT_N(clock_gettime), JW_ALLOW, { 228, 113, 263 } },

@@ -1030,9 +1030,9 @@ static void leave_queue_rows(void)
         const char *script, *calls; int64_t end; unsigned leave;
         bool all_end; } tab[] = {
         { "a 429 stops all of them", 4, "0:hswait=0.1 0:hs=429=10,429=3,ok,ok",
-          "0R 0R 0R 0R 10.1R 10.318R", 100, 0 },
+          "0R 0R 0R 0R 10.1R 10.29R", 100, 0 },
         { "a 429 without a hint, too", 4, "0:hswait=0.1 0:hs=429,429,ok,ok",
-          "0R 0R 0R 0R 1.1R 1.318R", 100, 0 },
+          "0R 0R 0R 0R 1.1R 1.29R", 100, 0 },
         { "sends first, then by deadline", 4,
           "0:hswait=0.1 0:hs=429=10,429=10,429=10,429=10,ok",
           "0R 0R 0R 0R 10.1S 10.35S 10.568R 10.758R", 100, 2 },

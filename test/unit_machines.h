@@ -2510,14 +2510,22 @@ static bool loop_is_sound(void)
             && (i == 0 || watch_tab[heap_tab[(i - 1) / 2]].deadline
                 <= w->deadline);
     }
-    for (size_t i = 0; i < poll_cnt; i++)
-        ok &= watch_tab[poll_who[i]].poll_at == i + 1;
-    size_t heaps = 0, polls = 0;
-    for (size_t i = 0; i < WATCH_CNT; i++) {
-        heaps += watch_tab[i].heap_at > 0;
-        polls += watch_tab[i].poll_at > 0;
+    size_t heaps = 0, stale = 0;
+    for (size_t i = 0; i < LIM_FD_CNT; i++) {
+        ok &= !fd_tab[i].who || watch_tab[fd_tab[i].who - 1].fd_at == i + 1;
+        stale += fd_tab[i].is_stale;
     }
-    return ok && heaps == heap_cnt && polls == poll_cnt;
+    for (size_t i = 0; i < WATCH_CNT; i++)
+        heaps += watch_tab[i].heap_at > 0;
+    return ok && heaps == heap_cnt && stale == stale_cnt;
+}
+
+static int watched_cnt(void)
+{
+    int n = 0;
+    for (size_t i = 0; i < LIM_FD_CNT; i++)
+        n += fd_tab[i].who > 0;
+    return n;
 }
 
 #define STRAY "build/unit/ca2.pem"
@@ -2546,7 +2554,7 @@ static void test_loop(void)
     bool sound = true, same = true;
     for (int round = 0; round < 20000; round++) {
         size_t i = dice() % COUNT_OF(want);
-        want[i].fd = dice() % 3 ? (int)(dice() % 5000) : -1;
+        want[i].fd = dice() % 3 ? (int)(1300 + i + dice() % 2 * 1000) : -1;
         want[i].deadline = dice() % 4 ? (int64_t)(world_ms + 1000000
             + (int64_t)(dice() % 1000)) : INT64_MAX;
         loop_set(KIND_TRY, i, want[i].fd, POLLIN, want[i].deadline);
@@ -2557,8 +2565,8 @@ static void test_loop(void)
         for (size_t k = 0; k < COUNT_OF(want); k++) {
             const struct watch *w = &watch_tab[loop_base(KIND_TRY) + k];
             least = want[k].deadline < least ? want[k].deadline : least;
-            same &= (w->poll_at ? poll_tab[w->poll_at - 1].fd : -1)
-                == want[k].fd && (want[k].deadline == INT64_MAX
+            same &= w->fd_at - 1 == want[k].fd && (want[k].fd < 0
+                    || fd_tab[want[k].fd].want == POLLIN) && (want[k].deadline == INT64_MAX
                     ? w->heap_at == 0 : w->heap_at > 0
                       && w->deadline == want[k].deadline);
         }
@@ -2568,8 +2576,10 @@ static void test_loop(void)
     row("20,000 random settings: all kept", same, "lost");
     for (size_t i = 0; i < COUNT_OF(want); i++)
         loop_set(KIND_TRY, i, -1, 0, INT64_MAX);
-    row("all taken back", heap_cnt == 0 && poll_cnt == 2, "%zu %zu",
-        heap_cnt, poll_cnt);
+    row("all taken back", heap_cnt == 0 && watched_cnt() == 2, "%zu %d",
+        heap_cnt, watched_cnt());
+    loop_tell();                         /* nobody wants them any more */
+    row_int("nothing is left to tell", (int64_t)stale_cnt, 0);
     for (int i = 0; i < 3; i++)
         loop_wake(KIND_EXCHANGE, 7);
     row_int("woken once", (int64_t)wake_cnt, 1);

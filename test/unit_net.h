@@ -385,20 +385,24 @@ static void net_reset(void)
     ZERO(exchange_states);
     lookup_active = lookup_strangers = lookup_unknown = 0;
     exchange_room_cnt = 0;
+    exchange_starved = false;
     ZERO(chan_pool);
+    chan_idle_cnt = 0;
     ZERO(session_cache);
     ZERO(big_used);
     ZERO(conn_pool);
     ZERO(exchange_pool);
     ZERO(watch_tab);
-    ZERO(poll_tab);
+    ZERO(fd_tab);
     ZERO(zone_tab);
     ZERO(site_tab);
     ZERO(met.gauge);
     ZERO(log_quota_tab);
     for (size_t i = 0; i < LIM_HS_CNT; i++)
         hs_pool[i].used = false;
-    poll_cnt = heap_cnt = wake_head = wake_cnt = 0;
+    stale_cnt = heap_cnt = wake_head = wake_cnt = 0;
+    if (!loop_open())
+        abort();
     memset(&cfg, 0, sizeof cfg);
     srv_stopping = 0;
     signal_stop = signal_reload = 0;

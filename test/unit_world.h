@@ -2,7 +2,7 @@
  *
  * Sockets are entries of sock_tab. A scenario sets world_dial (what becomes
  * of a connection), world_sent (what a peer does with bytes) and lets
- * loop_round() run: ppoll() moves the clock to whatever happens next.
+ * loop_round() run: epoll_pwait() moves the clock to whatever happens next.
  */
 #define _GNU_SOURCE
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -21,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -101,9 +103,10 @@ static uint8_t *guarded(const void *p, size_t len)
 
 /* ---- the world ---- */
 
-enum { FD_BASE = 10000, SOCK_CNT = 4096, SOCK_BUF = 70000 };
+enum { FD_BASE = 500, SOCK_CNT = 3500, SOCK_BUF = 70000 };
 
 struct sock {
+    unsigned serial;
     bool used, is_udp, is_listener, is_peer_closed, is_shut;
     int family, type;
     struct sockaddr_storage to;
@@ -119,10 +122,11 @@ struct sock {
     uint8_t in[SOCK_BUF], out[SOCK_BUF];
 };
 static struct sock *sock_tab[SOCK_CNT];
+static int sock_top;                    /* none was ever used from there on */
 
 static int64_t world_ms = 100000, world_wall = 1780000000000;
 static int64_t world_skew;              /* our wall clock alone is off */
-static int64_t world_end = INT64_MAX;   /* ppoll() waits no longer */
+static int64_t world_end = INT64_MAX;   /* no wait is longer */
 static size_t world_chunk = SIZE_MAX;   /* most that one read() gives */
 static void (*world_dial)(struct sock *s);
 static void (*world_sent)(struct sock *s);
@@ -131,7 +135,7 @@ static unsigned world_client_cnt;
 static int world_accept_errno;
 static unsigned world_sockets, world_connects;
 
-static void (*world_poll)(void);        /* before ppoll() waits */
+static void (*world_poll)(void);        /* before a wait */
 static bool world_is_random = true;     /* else zero bytes: no choice */
 static bool world_has_random = true;    /* getrandom() is there */
 
@@ -140,7 +144,8 @@ static bool world_has_random = true;    /* getrandom() is there */
  * those on sockets, by any. */
 enum { FAULT_NONE = -1 };
 enum call { CALL_SOCKET, CALL_CONNECT, CALL_ACCEPT, CALL_READ, CALL_WRITE,
-    CALL_SO_ERROR, CALL_SET, CALL_SHUTDOWN, CALL_PPOLL, CALL_RANDOM,
+    CALL_SO_ERROR, CALL_SET, CALL_SHUTDOWN, CALL_EPOLL,
+    CALL_EPOLL_MAKE, CALL_EPOLL_CTL, CALL_RANDOM,
     CALL_STDERR, CALL_POLL, CALL_FILE, CALL_FILE_READ, CALL_BIND };
 static long fault_at = FAULT_NONE, fault_seen;
 static int fault_errno;                 /* 0: a short read or write */
@@ -151,18 +156,19 @@ static const struct { int err; unsigned calls; } fault_fit_tab[] = {
     { 0, ONE(READ) | ONE(WRITE) | ONE(RANDOM) | ONE(STDERR)
         | ONE(FILE_READ) },
     { EINTR, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
-        | ONE(PPOLL) | ONE(RANDOM) | ONE(STDERR) | ONE(POLL)
+        | ONE(EPOLL) | ONE(RANDOM) | ONE(STDERR) | ONE(POLL)
         | ONE(FILE_READ) },
     { EAGAIN, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
         | ONE(STDERR) },
     { ECONNRESET, ONE(CONNECT) | ONE(ACCEPT) | ONE(READ) | ONE(WRITE)
         | ONE(SO_ERROR) | ONE(SHUTDOWN) | ONE(STDERR) },
     { ENOBUFS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(READ)
-        | ONE(WRITE) | ONE(SO_ERROR) | ONE(SET) | ONE(PPOLL) | ONE(POLL)
+        | ONE(WRITE) | ONE(SO_ERROR) | ONE(SET) | ONE(EPOLL) | ONE(POLL)
         | ONE(FILE) | ONE(FILE_READ) | ONE(BIND) },
-    { EMFILE, ONE(SOCKET) | ONE(ACCEPT) | ONE(FILE) },
+    { ENOMEM, ONE(EPOLL_MAKE) | ONE(EPOLL_CTL) },
+    { EMFILE, ONE(SOCKET) | ONE(ACCEPT) | ONE(FILE) | ONE(EPOLL_MAKE) },
     { ENOSYS, ONE(SOCKET) | ONE(CONNECT) | ONE(ACCEPT) | ONE(SO_ERROR)
-        | ONE(SET) | ONE(SHUTDOWN) | ONE(PPOLL) | ONE(POLL) | ONE(FILE)
+        | ONE(SET) | ONE(SHUTDOWN) | ONE(EPOLL) | ONE(EPOLL_MAKE) | ONE(POLL) | ONE(FILE)
         | ONE(BIND) },
 };
 #undef ONE
@@ -187,6 +193,34 @@ static bool fault_fails(enum call call)
     errno = fault_errno;
     return true;
 }
+
+#include "unit_kernel.h"
+
+/* Unix sockets that a scenario lets be: no files, paths in this list. A
+ * path without a listener is what a killed process left. */
+static char world_path[4][sizeof ((struct sockaddr_un *)0)->sun_path];
+static bool world_has_paths;
+
+static char *path_find(const char *path)
+{
+    for (size_t i = 0; i < sizeof world_path / sizeof world_path[0]; i++)
+        if (strcmp(world_path[i], path) == 0)
+            return world_path[i];
+    return NULL;
+}
+
+static void path_add(const char *path)
+{
+    char *at = path_find("");
+    if (!at)
+        abort();
+    strcpy(at, path);
+}
+
+/* What is written to stdout, where a scenario wants to see it. */
+static char world_out[20000];
+static size_t world_out_len;
+static bool world_has_out;
 
 /* Lines written to stderr. */
 static char log_buf[1 << 20];
@@ -240,8 +274,9 @@ static struct sock *sock_new(void)
         memset(sock_tab[i], 0, offsetof(struct sock, in));
         sock_tab[i]->out[0] = 0;
         sock_tab[i]->used = true;
+        sock_top = i < sock_top ? sock_top : i + 1;
         sock_tab[i]->room = SIZE_MAX;
-        world_sockets++;
+        sock_tab[i]->serial = ++world_sockets;
         return sock_tab[i];
     }
     abort();
@@ -319,6 +354,10 @@ static int w_connect(int fd, const struct sockaddr *sa, socklen_t len)
         errno = fault_errno;
         return -1;
     }
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        errno = ECONNREFUSED;            /* who listened there is gone */
+        return -1;
+    }
     if (world_dial)
         world_dial(s);
     /* interrupted, connecting goes on */
@@ -391,6 +430,20 @@ static ssize_t w_write(int fd, const void *p, size_t len)
         memcpy(log_buf + log_len, p, n);
         log_len += n;
         log_buf[log_len] = 0;
+        return (ssize_t)len;
+    }
+    if (fd == 1 && world_has_out) {
+        if (fault_fits && fault_now(CALL_STDERR)) {
+            errno = fault_errno;
+            if (fault_errno)
+                return -1;
+            len = 1;
+        }
+        if (len >= sizeof world_out - world_out_len)
+            abort();
+        memcpy(world_out + world_out_len, p, len);
+        world_out_len += len;
+        world_out[world_out_len] = 0;
         return (ssize_t)len;
     }
     struct sock *s = sock_of(fd);
@@ -487,6 +540,15 @@ static int w_bind(int fd, const struct sockaddr *sa, socklen_t len)
     if (fault_fits && fault_fails(CALL_BIND))
         return -1;
     memcpy(&s->to, sa, len);
+    if (world_has_paths && sa->sa_family == AF_UNIX) {
+        const char *path = ((const struct sockaddr_un *)(const void *)sa)
+            ->sun_path;
+        if (path_find(path)) {
+            errno = EADDRINUSE;
+            return -1;
+        }
+        path_add(path);
+    }
     return 0;
 }
 
@@ -519,15 +581,39 @@ static int w_fstatat(int dir, const char *path, struct stat *st, int flags)
     return fstatat(dir, path, st, flags);
 }
 
-static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
+static int w_stat(const char *path, struct stat *st)
 {
-    if (cnt == 1 && p->fd == 2) {    /* io_log asks */
-        if (fault_fits && fault_fails(CALL_POLL))
-            return -1;
-        p->revents = POLLOUT;
-        return 1;
-    }
-    return poll(p, cnt, ms);
+    if (!world_has_paths)
+        return stat(path, st);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    memset(st, 0, sizeof *st);
+    st->st_mode = S_IFSOCK;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_chmod(const char *path, mode_t mode)
+{
+    if (!world_has_paths)
+        return chmod(path, mode);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    errno = ENOENT;
+    return path_find(path) ? 0 : -1;
+}
+
+static int w_unlink(const char *path)
+{
+    if (!world_has_paths)
+        return unlink(path);
+    if (fault_fits && fault_fails(CALL_FILE))
+        return -1;
+    char *at = path_find(path);
+    errno = ENOENT;
+    if (at)
+        at[0] = 0;
+    return at ? 0 : -1;
 }
 
 /* What poll says of a socket; *next is the time of its next change. */
@@ -561,35 +647,107 @@ static short sock_events(const struct sock *s, short want, int64_t *next)
     return got;
 }
 
-static int w_ppoll(struct pollfd *p, nfds_t cnt, const struct timespec *wait,
+/* Let time pass to the next change. False: the wait is over before it. */
+static bool world_pass(int64_t next, int64_t limit)
+{
+    limit = limit < world_end ? limit : world_end;
+    if (next < limit) {
+        world_ms = next;
+        return true;
+    }
+    if (limit == INT64_MAX)
+        abort();                     /* nothing will ever happen */
+    world_ms = limit > world_ms ? limit : world_ms;
+    return false;
+}
+
+static int w_poll(struct pollfd *p, nfds_t cnt, int ms)
+{
+    const struct sock *s = cnt == 1 ? sock_of(p->fd) : NULL;
+    int64_t next, limit = world_ms + ms;
+    if (!s && (cnt != 1 || p->fd != 2))
+        return poll(p, cnt, ms);
+    if (s && world_poll)
+        world_poll();
+    if (fault_fits && fault_fails(CALL_POLL))
+        return -1;
+    if (!s) {                        /* io_log asks */
+        p->revents = POLLOUT;
+        return 1;
+    }
+    do {
+        next = INT64_MAX;
+        p->revents = sock_events(s, p->events, &next);
+    } while (!p->revents && world_pass(next, limit));
+    return p->revents != 0;
+}
+
+/* What epoll_ctl() set, by socket. It is gone when the socket is closed. */
+static struct { const struct sock *sock; unsigned serial, events;
+    uint64_t data; } world_epoll[SOCK_CNT];
+
+static bool epoll_holds(int at)
+{
+    const struct sock *s = sock_tab[at];
+    return s && s->used && world_epoll[at].sock == s
+        && world_epoll[at].serial == s->serial;
+}
+
+static int w_epoll_create1(int flags)
+{
+    (void)flags;
+    memset(world_epoll, 0, sizeof world_epoll);
+    if (fault_fits && fault_fails(CALL_EPOLL_MAKE))
+        return -1;
+    return 499;
+}
+
+static int w_epoll_ctl(int set, int op, int fd, struct epoll_event *e)
+{
+    const struct sock *s = sock_of(fd);
+    int at = fd - FD_BASE;
+    (void)set;
+    if (!s || epoll_holds(at) != (op != EPOLL_CTL_ADD)) {
+        failed++;
+        printf("FAIL %s: epoll_ctl(%d, %d): %s\n", group, op, fd, !s
+            ? "no such descriptor" : "added twice, or never");
+        errno = s ? EEXIST : EBADF;
+        return -1;
+    }
+    if (fault_fits && fault_fails(CALL_EPOLL_CTL))
+        return -1;
+    world_epoll[at].sock = op == EPOLL_CTL_DEL ? NULL : s;
+    world_epoll[at].serial = s->serial;
+    world_epoll[at].events = e->events;
+    world_epoll[at].data = e->data.u64;
+    return 0;
+}
+
+static int w_epoll_pwait(int set, struct epoll_event *out, int cap, int ms,
     const sigset_t *mask)
 {
+    static int turn;                 /* the kernel serves all by turns */
+    (void)set;
     (void)mask;
     if (world_poll)
         world_poll();
-    if (fault_fits && fault_fails(CALL_PPOLL))
+    if (fault_fits && fault_fails(CALL_EPOLL))
         return -1;
-    int64_t limit = wait ? world_ms + wait->tv_sec * 1000
-        + (wait->tv_nsec + 999999) / 1000000 : INT64_MAX;
-    limit = limit < world_end ? limit : world_end;
-    for (;;) {
-        int64_t next = INT64_MAX;
-        int ready = 0;
-        for (nfds_t i = 0; i < cnt; i++) {
-            const struct sock *s = sock_of(p[i].fd);
-            p[i].revents = s ? sock_events(s, p[i].events, &next) : POLLNVAL;
-            ready += p[i].revents != 0;
+    int64_t next, limit = ms == INT_MAX ? INT64_MAX : world_ms + ms;
+    int ready = 0;
+    do {
+        next = INT64_MAX;
+        for (int i = 0; i < sock_top && ready < cap; i++) {
+            int at = (turn + i) % sock_top;
+            short got = !epoll_holds(at) ? 0 : sock_events(sock_tab[at],
+                (short)world_epoll[at].events, &next);
+            if (got)
+                out[ready++] = (struct epoll_event){ .events = (uint16_t)got,
+                    .data.u64 = world_epoll[at].data };
         }
-        if (ready)
-            return ready;
-        if (next >= limit) {
-            if (limit == INT64_MAX)
-                abort();           /* nothing will ever happen */
-            world_ms = limit > world_ms ? limit : world_ms;
-            return 0;
-        }
-        world_ms = next;
-    }
+    } while (!ready && world_pass(next, limit));
+    turn += ready == cap;
+    return ready;
 }
 
 static int w_clock_gettime(clockid_t id, struct timespec *t)
@@ -606,6 +764,7 @@ static uint8_t random_last[32];
 
 static long w_syscall(long number, ...)
 {
+    long got;
     va_list ap;
     va_start(ap, number);
     long a = va_arg(ap, long), b = va_arg(ap, long), c = va_arg(ap, long);
@@ -630,6 +789,8 @@ static long w_syscall(long number, ...)
         }
         return b;
     }
+    if (kernel_syscall(number, (long[]){ a, b, c, d, e }, &got))
+        return got;
     if (number == SYS_openat && fault_fits && fault_fails(CALL_FILE))
         return -1;
     return syscall(number, a, b, c, d, e);
@@ -665,6 +826,16 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 
 #define br_ssl_engine_inject_entropy(a, b, c) w_inject_entropy(a, b, c)
 #define br_ssl_client_reset(a, b, c) w_client_reset(a, b, c)
+#define stat(a, b) w_stat(a, b)
+#define chmod(a, b) w_chmod(a, b)
+#define unlink(a) w_unlink(a)
+#define readlink(a, b, c) w_readlink(a, b, c)
+#define geteuid() w_geteuid()
+#define setgroups(a, b) w_setgroups(a, b)
+#define setgid(a) w_setgid(a)
+#define setuid(a) w_setuid(a)
+#define prctl(a, b, c, d, e) w_prctl(a, (unsigned long)(b), \
+    (unsigned long)(c), (unsigned long)(d), (unsigned long)(e))
 #define bind(a, b, c) w_bind(a, b, c)
 #define listen(a, b) w_listen(a, b)
 #define getsockname(a, b, c) w_getsockname(a, b, c)
@@ -679,7 +850,9 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #define getsockopt(a, b, c, d, e) w_getsockopt(a, b, c, d, e)
 #define setsockopt(a, b, c, d, e) w_setsockopt(a, b, c, d, e)
 #define poll(a, b, c) w_poll(a, b, c)
-#define ppoll(a, b, c, d) w_ppoll(a, b, c, d)
+#define epoll_create1(a) w_epoll_create1(a)
+#define epoll_ctl(a, b, c, d) w_epoll_ctl(a, b, c, d)
+#define epoll_pwait(a, b, c, d, e) w_epoll_pwait(a, b, c, d, e)
 #define clock_gettime(a, b) w_clock_gettime(a, b)
 #define syscall(...) w_syscall(__VA_ARGS__, 0L, 0L, 0L, 0L, 0L)
 #undef _GNU_SOURCE
@@ -688,6 +861,15 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #undef main
 #undef br_ssl_engine_inject_entropy
 #undef br_ssl_client_reset
+#undef stat
+#undef chmod
+#undef unlink
+#undef readlink
+#undef geteuid
+#undef setgroups
+#undef setgid
+#undef setuid
+#undef prctl
 #undef bind
 #undef listen
 #undef getsockname
@@ -702,7 +884,9 @@ static int w_client_reset(br_ssl_client_context *cc, const char *name,
 #undef getsockopt
 #undef setsockopt
 #undef poll
-#undef ppoll
+#undef epoll_create1
+#undef epoll_ctl
+#undef epoll_pwait
 #undef clock_gettime
 #undef syscall
 

@@ -5,8 +5,8 @@ import ssl
 import pytest
 
 from outbound import outbound_env, pki, pub, PUB
-from peers import Dns, Homeserver, RawServer, Reply, SUB_PATH, Sfu, free_port
-from service import CANARY_KEY, CANARY_SECRET, run_cli
+from peers import Dns, Homeserver, HttpServer, RawServer, Reply, SUB_PATH, Sfu, free_port
+from service import CANARY_KEY, CANARY_SECRET, Service, base_env, run_cli
 
 WEB, PORT_SERVER, NOBODY = PUB % 70, PUB % 71, PUB % 72
 ZONE = f"""
@@ -21,13 +21,16 @@ html.test. A {PORT_SERVER}
 nobody.test. A {NOBODY}
 private.test. A 10.0.0.1
 oops.test. A {PORT_SERVER}
+calls.test. A {WEB}
+rtc.test. A {PORT_SERVER}
 """
 
 
 @pytest.fixture(scope="module")
 def world():
     pub(70, 71, 72)
-    certs = {n: pki().leaf([n]) for n in ("good.test", "plain.test", "deleg.test", "srv.test", "html.test", "oops.test")}
+    certs = {n: pki().leaf([n]) for n in ("good.test", "plain.test", "deleg.test", "srv.test", "html.test", "oops.test",
+                                           "calls.test")}
     certs[None] = pki().leaf(["other.test"], ips=[WEB, PORT_SERVER])
     hs = Homeserver([(WEB, 443), (WEB, 8448), (PORT_SERVER, 8448), (PORT_SERVER, 8450)], tls=certs)
     hs.well_known = lambda r: "plain.test:8448" if r.host == "deleg.test" else None
@@ -170,3 +173,185 @@ def test_nothing_is_left_on_the_sfu(world):
     sfu.forget()
     check(world)
     assert not sfu.rooms
+
+
+# ---- where clients look for calls (MSC4143): the line `focus` of a server that was named ------------------
+
+CLIENT, FOCI, RTC = "/.well-known/matrix/client", "org.matrix.msc4143.rtc_foci", "https://rtc.test/livekit/jwt"
+
+
+def foci(url=RTC, **more):
+    return {"m.homeserver": {"base_url": "https://calls.test"}, FOCI: [{"type": "livekit", "livekit_service_url": url}], **more}
+
+
+def led(**changes):
+    """A list whose only entry differs."""
+    entry = {"type": "livekit", "livekit_service_url": RTC, **changes}
+    return {FOCI: [{k: v for k, v in entry.items() if v is not None}]}
+
+
+class Front(HttpServer):
+    """A proxy before a running lkjwt. strips: a prefix; or a Reply that it gives itself."""
+
+    def __init__(self, svc):
+        self.svc, self.strips = svc, "/livekit/jwt"
+        super().__init__([(PORT_SERVER, 443), (PORT_SERVER, 8443)], pki().leaf(["rtc.test"]))
+
+    def answer(self, req):
+        if isinstance(self.strips, Reply):
+            return self.strips
+        r = self.svc.request(req.method, req.target.removeprefix(self.strips), req.body)
+        return Reply(r.status, r.body, ctype=r.header("content-type"))
+
+
+@pytest.fixture(scope="module")
+def front(world):
+    with Service(base_env()) as svc, Front(svc) as front:
+        yield front
+
+
+def focus(world, front, well_known, strips="/livekit/jwt", **over):
+    """The result, and the verdict and text of its line."""
+    front.forget()
+    front.strips = strips
+    world[0].on(CLIENT, well_known if isinstance(well_known, Reply) else Reply(200, well_known))
+    try:
+        r = check(world, "calls.test", LIVEKIT_FULL_ACCESS_HOMESERVERS="other.test,calls.test", **over)
+        got = steps(r)
+        assert [name for _, name, _ in got[-2:]] == ["userinfo", "focus"] and [x for x in got if x[0] == "no"
+            and x[1] not in ("well-known", "srv")] == ([] if r.code == 0 else got[-1:]), r
+        first = world[0].seen(CLIENT)[0]
+        assert (first.method, first.host, first.body) == ("GET", "calls.test", b"")
+        for req in front.requests:
+            assert (req.method, req.body) == ("POST", b"") and not {"authorization", "cookie"} & dict(req.headers).keys()
+        return r, got[-1][0], got[-1][2]
+    finally:
+        world[0].off(CLIENT)
+
+
+FOUND = {  # the well-known, the path asked for, the URL shown
+    "as the guide has it": (foci(), "/livekit/jwt/get_token", RTC),
+    "any content type": (Reply(200, str(foci()).replace("'", '"'), ctype="application/octet-stream"),
+                         "/livekit/jwt/get_token", RTC),
+    "escaped": (Reply(200, '{"\\u006frg.matrix.msc4143.rtc_foci" : [ {"type":"\\u006civekit",'
+                           '"livekit_service_url":"https:\\/\\/rtc.test\\/livekit\\/jwt"} ] }'), "/livekit/jwt/get_token", RTC),
+    "others first": ({FOCI: [{"type": "full_mesh"}, {"livekit_service_url": "https://a.test"}, None,
+                             {"type": "livekit", "livekit_service_url": RTC, "x": [{}]},
+                             {"type": "livekit", "livekit_service_url": "https://b.test"}], "a": [1, {"b": None}]},
+                     "/livekit/jwt/get_token", RTC),
+    "a slash at the end": (foci(RTC + "/"), "/livekit/jwt//get_token", RTC + "/"),
+    "a port": (foci("https://rtc.test:8443/livekit/jwt"), "/livekit/jwt/get_token", "https://rtc.test:8443/livekit/jwt"),
+    "a name alone": (foci("https://rtc.test"), "/get_token", "https://rtc.test"),
+    "capitals": (foci("HTTPS://RTC.test/livekit/jwt"), "/livekit/jwt/get_token", "https://RTC.test/livekit/jwt"),
+}
+
+
+@pytest.mark.parametrize("well_known, path, shown", FOUND.values(), ids=FOUND)
+def test_focus_is_found(well_known, path, shown, world, front):
+    """One request there, as the first step of a client: without a user, a room or a token."""
+    r, verdict, text = focus(world, front, well_known)
+    assert (r.code, verdict, text) == (0, "ok", f"{shown}: answers"), r
+    assert [req.path for req in front.requests] == [path]
+    assert front.requests[0].host == shown.split("/")[2]
+    assert not front.svc.events("GRANTED") and not front.svc.events("LOOKUP_STEP")
+
+
+LOST = {  # the well-known, what the proxy does, words that the line must have
+    "missing": (Reply(404, "nothing"), [CLIENT, "answers 404"]),
+    "error": (Reply(500, ""), [CLIENT, "answers 500"]),
+    "a page": (Reply(200, "<html>hello</html>"), [CLIENT, "not JSON"]),
+    "a list": (Reply(200, [foci()]), ["not JSON"]),
+    "cut": (Reply(200, '{"org.matrix.msc4143.rtc_foci": [{"type": "livekit"'), ["not JSON"]),
+    "and more": (Reply(200, "{} {}"), ["not JSON"]),
+    "twice": (Reply(200, '{"a": 1, "a": 2}'), ["not JSON"]),
+    "no foci": ({"m.homeserver": {"base_url": "https://calls.test"}}, [CLIENT, f"has no {FOCI}"]),
+    "foci is no list": ({FOCI: {"type": "livekit", "livekit_service_url": RTC}}, ["not JSON as clients expect"]),
+    "an empty list": ({FOCI: []}, [f"{FOCI} has no entry of type livekit"]),
+    "another type": (led(type="full_mesh"), ["no entry of type livekit"]),
+    "no type": (led(type=None), ["no entry of type livekit"]),
+    "no URL": (led(livekit_service_url=None), ["livekit_service_url"]),
+    "a number": (led(livekit_service_url=1), ["not JSON as clients expect"]),
+    **{f"URL {url!r}"[:40]: (foci(url), ["livekit_service_url is not a plain https:// URL"]) for url in (
+        "http://rtc.test/livekit/jwt", "wss://rtc.test/livekit/sfu", "rtc.test/livekit/jwt", "/livekit/jwt",
+        "https://user@rtc.test/", "https://rtc.test/?a=b", "https://rtc.test/#a", "https://", "https://rtc.test:0x1/",
+        "https://rtc.test/\x1b[31m", "https://rtc.test/ a", "https://rtc.t\u00e4st/", "https://rtc.test/" + "a" * 1100)},
+    "no address": (foci("https://nowhere.test"), ["https://nowhere.test: address: name has no address"]),
+    "nobody": (foci("https://nobody.test/x"), ["https://nobody.test/x: connect: cannot connect"]),
+    "certificate": (foci("https://wrong.test:8448"), ["https://wrong.test:8448: tls: certificate is not for this name"]),
+    "a homeserver": (foci("https://good.test"), ["https://good.test: answers 404 to /get_token: the proxy leads it elsewhere"]),
+    "never": (foci("https://0.0.0.0/"), ["connect: address not allowed"]),
+    "redirect to http": (Reply(302, "", [("Location", "http://calls.test/x")]), [CLIENT, "redirect refused"]),
+    "redirects": (Reply(307, "", [("Location", CLIENT)]), [CLIENT, "redirect refused"]),
+}
+
+
+@pytest.mark.parametrize("well_known, words", LOST.values(), ids=LOST)
+def test_focus_is_not_found(well_known, words, world, front):
+    r, verdict, text = focus(world, front, well_known)
+    assert (r.code, verdict) == (1, "no"), r
+    assert all(w in text for w in words), (words, text)
+    assert not front.requests and "\x1b" not in r.text
+
+
+def html(status, **more):
+    return Reply(status, "<html>x</html>", ctype="text/html", **more)
+
+
+BLOCKED = {  # the URL, what the proxy does, words
+    "the prefix stays": (RTC, "/else", ["answers 404 to /get_token", "LKJWT_PATH_PREFIX=/livekit/jwt"]),
+    "elsewhere": (RTC, html(404), ["answers 404 to /get_token", "the proxy leads it elsewhere, or leaves"]),
+    "no prefix": ("https://rtc.test", html(404), ["answers 404 to /get_token: the proxy leads it elsewhere"]),
+    "a homeserver": (RTC, Reply(404, {"errcode": "M_UNRECOGNIZED"}), ["answers 404 to /get_token: the proxy leads it elsewhere"]),
+    "a redirect": (RTC, html(308, headers=[("Location", "https://rtc.test/x")]), ["answers 308", "browsers do not follow"]),
+    "no service": (RTC, html(502), ["answers 502", "does not reach lkjwt"]),
+    "a page": (RTC, html(200), ["answers 200", "not as lkjwt does"]),
+    "a token": (RTC, Reply(200, {"url": "x", "jwt": "y"}), ["answers 200", "not as lkjwt does"]),
+    "files only": (RTC, html(405), ["answers 405", "not as lkjwt does"]),
+    "no end": (RTC, Reply(200, "x", hang=True, length=False), ["http: "]),
+    "a long way": ("https://rtc.test/" + "a" * 900, "/else", ["answers 404", "LKJWT_PATH_PREFIX=/" + "a" * 99]),
+}
+
+
+@pytest.mark.parametrize("url, strips, words", BLOCKED.values(), ids=BLOCKED)
+def test_focus_behind_a_broken_proxy(url, strips, words, world, front):
+    r, verdict, text = focus(world, front, foci(url), strips)
+    assert (r.code, verdict) == (1, "no"), r
+    assert text.startswith(url[:100]) and all(w in text for w in words), (words, text)
+    assert len(front.requests) == 1
+
+
+def test_focus_redirects_are_followed(world, front):
+    """Three of them, to https and other names."""
+    world[0].on("/1", Reply(301, "", [("Location", "https://good.test/2")]))
+    world[0].on("/2", Reply(303, "", [("Location", "//calls.test/3")]))
+    world[0].on("/3", Reply(200, foci()))
+    try:
+        r, verdict, text = focus(world, front, Reply(308, "", [("Location", "/1")]))
+        assert (r.code, verdict, text) == (0, "ok", f"{RTC}: answers"), r
+        assert [(q.host, q.path) for q in world[0].requests if q.path in ("/1", "/2", "/3")] == [
+            ("calls.test", "/1"), ("good.test", "/2"), ("calls.test", "/3")]
+    finally:
+        world[0].off("/1"), world[0].off("/2"), world[0].off("/3")
+
+
+def test_focus_on_a_private_address(world, front):
+    """The class of the server that names it: allowed for one that was named, unless the operator denies all."""
+    r, verdict, text = focus(world, front, foci("https://10.0.0.1/"), LKJWT_PRIVATE_NETWORKS="deny")
+    assert (r.code, verdict) == (1, "no"), r
+    assert text == ("https://10.0.0.1/: connect: address not allowed for this server, range 10.0.0.0/8; "
+                    "LKJWT_ALLOW_NETWORKS allows it")
+
+
+@pytest.mark.parametrize("full", ["other.test", "*", "calls.test:8448"])
+def test_no_focus_of_a_stranger(full, world, front):
+    """Only of servers named word for word: where the clients of others go is not this operator's."""
+    r = check(world, "calls.test", LIVEKIT_FULL_ACCESS_HOMESERVERS=full)
+    assert r.code == 0 and "focus" not in [name for _, name, _ in steps(r)], r
+    assert not world[0].seen(CLIENT)
+
+
+def test_focus_of_a_server_that_is_down(world, front):
+    r = check(world, "nobody.test", LIVEKIT_FULL_ACCESS_HOMESERVERS="nobody.test")
+    failed = [(name, text) for verdict, name, text in steps(r) if verdict == "no" and name not in ("well-known", "srv")]
+    assert r.code == 1 and [name for name, _ in failed] == ["connect", "focus"], r
+    assert failed[1][1] == f"https://nobody.test{CLIENT}: connect: cannot connect"

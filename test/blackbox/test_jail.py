@@ -28,7 +28,7 @@ from service import BIN, Service, free_port
 from store import RedisServer, StoreWorld
 from test_environment import fatal
 
-LAYERS = ["core", "ids", "privs", "dump", "landlock", "seccomp"]
+LAYERS = ["core", "ids", "caps", "privs", "dump", "landlock", "seccomp"]
 UID = 65532
 PORT = 8448
 _fresh = itertools.count(1)
@@ -109,6 +109,15 @@ def status(pid):
         return dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
 
 
+CAPS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+NO_CAPS = dict.fromkeys(CAPS, "0" * 16)
+
+
+def capabilities(text):
+    """Of /proc/PID/status, as it is."""
+    return {k: v for k, v in (line.split(":\t", 1) for line in text.splitlines() if line.startswith("Cap")) if k in CAPS}
+
+
 def core_limit(pid):
     with open(f"/proc/{pid}/limits") as f:
         return next(line.split()[4:6] for line in f if line.startswith("Max core file size"))
@@ -160,12 +169,62 @@ def test_s26_each_layer_holds(rig, start, mode):
         assert now["Seccomp"] == "2" and now.get("Seccomp_filters", "1") == "1" and now["NoNewPrivs"] == "1"
         assert now["Uid"].split() == [str(uid)] * 4 and now["Gid"].split() == [str(gid)] * 4
         assert now["Groups"].strip() == groups
-        if uid:
-            assert {now[c] for c in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {"0" * 16}
+        # A user without CAP_SETPCAP cannot empty the bounding set.
+        assert {c: now[c] for c in CAPS} == NO_CAPS | ({"CapBnd": now["CapBnd"]} if how is become_user else {})
         assert core_limit(s.pid) == ["0", "0"]
         assert proc_owner(s.pid) == (0, 0)
         assert now["Threads"] == "1" and not open(f"/proc/{s.pid}/task/{s.pid}/children").read()
         use(s, rig)
+
+
+def setpriv(*words):
+    return [which("setpriv"), *words, "--"]
+
+
+SOME = "+net_bind_service,+setpcap,+dac_override,+sys_admin"
+USER = ("--reuid", "4242", "--regid", "4243", "--clear-groups")
+HOLDERS = {  # LKJWT_UID, what starts it, sets that hold some at first, layers missing, sets that keep them
+    "root": (None, [], "CapPrm CapEff CapBnd", (), ""),
+    "root that stays": ("0", [], "CapPrm CapEff CapBnd", ("ids",), ""),
+    "root, inherited": (None, setpriv("--inh-caps", SOME), "CapInh CapPrm CapEff CapBnd", (), ""),
+    "root that stays, ambient": ("0", setpriv("--inh-caps", SOME, "--ambient-caps", SOME), " ".join(CAPS), ("ids",), ""),
+    "root that setuid() leaves them": (None, setpriv("--securebits", "+no_setuid_fixup"), "CapPrm CapEff CapBnd", (), ""),
+    "root without CAP_SETPCAP": ("0", setpriv("--bounding-set", "-setpcap"), "CapPrm CapEff CapBnd", ("ids",), "CapBnd"),
+    "root with two": (None, setpriv("--bounding-set", "-all,+setuid,+setgid"), "CapPrm CapEff CapBnd", (), "CapBnd"),
+    "a user, ambient": (None, setpriv(*USER, "--inh-caps", "+net_bind_service", "--ambient-caps", "+net_bind_service"),
+                        " ".join(CAPS), (), "CapBnd"),
+    "a user, ambient, CAP_SETPCAP": (None, setpriv(*USER, "--inh-caps", SOME, "--ambient-caps", SOME), " ".join(CAPS), (), ""),
+    "a user, a uid, ambient": ("12345", setpriv(*USER, "--inh-caps", SOME, "--ambient-caps", SOME), " ".join(CAPS), (),
+                               ""),
+    "a user, inherited": (None, setpriv(*USER, "--inh-caps", "+sys_admin"), "CapInh CapBnd", (), "CapBnd"),
+    "a user, empty bounding set": (None, setpriv("--bounding-set", "-all", *USER), "", (), ""),
+    "root of a namespace": ("0", [which("unshare"), "-r", "--"], "CapPrm CapEff CapBnd", ("ids",), ""),
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_s26_no_capability_is_left(rig, holder, mode):
+    """Whoever starts it: all five sets are empty, but a bounding set that the kernel lets nobody here empty."""
+    uid_env, argv, held, missing, kept = HOLDERS[holder]
+    before = capabilities(subprocess.run([*argv, which("cat"), "/proc/self/status"], text=True, capture_output=True,
+                                         check=True).stdout)
+    assert [c for c in CAPS if before[c] != NO_CAPS[c]] == held.split(), before
+    with jailed(rig, argv=[*argv, public_bin()], LKJWT_UID=uid_env, LKJWT_JAIL=mode, PATH=os.environ["PATH"]) as s:
+        check_layers(s, *missing)
+        now = status(s.pid)
+        assert {c: now[c] for c in CAPS} == NO_CAPS | {c: before[c] for c in kept.split()}
+        assert (now["NoNewPrivs"], now["Seccomp"]) == ("1", "2")
+        use(s, rig)
+        assert s.stop() == 0
+
+
+def test_off_keeps_capabilities(rig):
+    """The layer is told of truly: nothing was given up."""
+    argv = HOLDERS["a user, ambient"][1]
+    with jailed(rig, argv=[*argv, public_bin()], LKJWT_JAIL="off", PATH=os.environ["PATH"]) as s:
+        check_layers(s, *LAYERS)
+        assert status(s.pid)["CapEff"] == status(s.pid)["CapAmb"] == f"{1 << 10:016x}"
 
 
 def test_off_does_nothing(rig):
@@ -605,7 +664,7 @@ def any_name(dns, rec, addr):
 # ---- under the filters of others
 
 KILL, ALLOW, ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 4, 8, 22, 38, 47
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -696,7 +755,12 @@ OUTER = {  # who starts it, rules, names allowed (else killed); what is missing 
     "systemd, newer": ("user", [], [*SYSTEMD, *LANDLOCK, "seccomp"], []),
     "systemd, older": ("user", [("prlimit64", KILL)], SYSTEMD, ["core", "landlock"]),
     "systemd, families, no executable memory": ("user", FAMILIES + NO_EXEC, SYSTEMD, ["landlock"]),
-    "systemd, root to stay": ("stay", [], SYSTEMD, ["ids", "landlock"]),
+    "systemd, root to stay": ("stay", [], SYSTEMD, ["ids", "caps", "landlock"]),
+    "root to stay, no capset": ("stay", refuse("capset"), (), ["ids", "caps"]),
+    "root to stay, a capset that does nothing": ("stay", refuse("capset", how=0), (), ["ids", "caps"]),
+    "root to stay, no capget": ("stay", refuse("capget"), (), ["ids", "caps"]),
+    "root, capset kills": ("root", [("capset", KILL)], (), []),
+    "a user with capabilities, capset kills": ("holder", [("capset", KILL)], (), ["caps"]),
     "a filter that allows all": ("root", [], (), []),
     "families": ("root", FAMILIES, (), []),
     "kernel without landlock": ("root", refuse(*LANDLOCK, how=errno.ENOSYS), (), ["landlock"]),
@@ -716,12 +780,26 @@ OUTER = {  # who starts it, rules, names allowed (else killed); what is missing 
 }
 
 
+def keep_ambient(cap):
+    """After setuid() with PR_SET_KEEPCAPS: this one alone, over execve."""
+    sets = struct.pack("6I", 1 << cap, 1 << cap, 1 << cap, 0, 0, 0)
+    if libc.capset(struct.pack("Ii", 0x20080522, 0), sets) or libc.prctl(PR_CAP_AMBIENT, 2, cap, 0, 0):
+        raise OSError(ctypes.get_errno(), "no capability")
+
+
 def outer_start(kind):
     who, rules, allow, missing = OUTER[kind]
     outer = Outer(*rules, allow=allow, default=KILL if allow else ALLOW)
 
     def start():
         want_core()
+        if who == "holder":
+            libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
+            os.setgroups([])
+            os.setgid(4243)
+            os.setuid(4242)
+            keep_ambient(10)
+            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if who == "user":
             os.setgroups([])
             os.setgid(4243)

@@ -503,20 +503,20 @@ def test_metrics_listener_is_not_for_sitting_in(rig):
 
 def test_log_flood_is_bounded_and_counted(rig):
     """At most 500 lines of one event a second; what is left out is told."""
-    empty = b"POST /get_token HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+    broken = b"POST /get_token HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\n{"
     with rig.service(LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
         with s.wire() as w:
             w.sock.settimeout(DEADLINE)
 
             def feed():
-                w.send(empty * 3000)
+                w.send(broken * 3000)
             t = threading.Thread(target=feed)
             t.start()
             for _ in range(3000):
                 assert w.reply("POST").status == 400
             t.join(DEADLINE)
         time.sleep(1.1)             # the next second has lines again
-        assert s.post("/get_token", "").status == 400
+        assert s.post("/get_token", "{").status == 400
         metrics = s.metrics()
         assert metrics['lkjwt_events_total{event="JSON_SYNTAX"}'] == 3001
         assert s.stop() == 0

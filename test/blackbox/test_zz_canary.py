@@ -25,6 +25,7 @@ def everything_that_could_tell(rig):
     url = f"https://user:{CANARY_PASSWORD}@127.0.0.1:1/"
     for form in ("logfmt", "json"):
         with rig.service(LIVEKIT_LOG_LEVEL="debug", LKJWT_LOG_FORMAT=form, HTTPS_PROXY=url, LIVEKIT_AS_TOKEN=CANARY_PASSWORD,
+                         LIVEKIT_HS_TOKEN=CANARY_SECRET, LIVEKIT_HS_SERVER_NAME="as.example.org",
                          LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
             for path in ("/get_token", "/sfu/get"):
                 for hs in (rig.full, rig.other):

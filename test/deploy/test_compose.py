@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from exchange import alias, hashed, make_body
-from peers import Homeserver, Process, accepts, wait_for, which
+from peers import Homeserver, Process, Reply, accepts, wait_for, which
 from service import BIN as LKJWT, CANARY_TOKEN, Wire, dial
 from tools import BIN, DEPLOY, run, tool
 
@@ -43,7 +43,7 @@ class Stack:
                     "node_ip: 127.0.0.1\n  ips: {includes: [127.0.0.1/32]}\n  enable_loopback_candidate: true")
         self.services = yaml.safe_load(tool("compose", "compose.yaml", cwd=self.own)[0])["services"]
         self.hosts = folder / "hosts"
-        self.hosts.write_text("127.0.0.1 localhost " + " ".join(self.services) + f"\n{HOME} {DOMAIN}\n")
+        self.hosts.write_text("127.0.0.1 localhost " + " ".join(self.services) + f" {RTC}\n{HOME} {DOMAIN}\n")
         self.ca = pki.ca_file
 
     def prepare(self):
@@ -104,8 +104,13 @@ class Stack:
 
     # -- from outside, by Caddy only
 
+    @property
+    def root(self):
+        """Of Caddy's authority."""
+        return self.dir / "volumes/caddy/caddy/pki/authorities/local/root.crt"
+
     def dial(self, host=RTC):
-        tls = ssl.create_default_context(cafile=self.dir / "volumes/caddy/caddy/pki/authorities/local/root.crt")
+        tls = ssl.create_default_context(cafile=self.root)
         return tls.wrap_socket(dial("127.0.0.1:443"), server_hostname=host)
 
     def ask(self, method, path, body=b"", headers=(), host=RTC):
@@ -200,10 +205,15 @@ def test_well_known(stack):
 
 
 def test_check(stack):
-    """The last command of the header."""
+    """The last command of the header. The homeserver's own name is not Caddy's here, but what Caddy says there is."""
     stack.home.sub = None       # it asks with a token that nobody made
+    stack.home.on("/.well-known/matrix/client",
+                  Reply(200, stack.ask("GET", "/.well-known/matrix/client", host=DOMAIN).body))
+    both = stack.dir / "both.pem"
+    both.write_text("".join(open(f).read() for f in (stack.ca, stack.root)))
+    stack.ca = both
     out, _ = run(*stack.argv("lkjwt", ["/lk-jwt-service", "--check", DOMAIN]))
-    assert out.splitlines()[-1] == "all is well", out
+    assert out.splitlines()[-2:] == [f"ok    focus       https://{RTC}/livekit/jwt: answers", "all is well"], out
 
 
 def test_nothing_secret_in_the_logs(stack, granted):

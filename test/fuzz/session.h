@@ -717,8 +717,8 @@ static void se_all_free(void)
         want(watch_tab[heap_tab[i]].heap_at == i + 1 && (i == 0
             || watch_tab[heap_tab[(i - 1) / 2]].deadline
                 <= watch_tab[heap_tab[i]].deadline));
-    for (size_t i = 0; i < poll_cnt; i++)
-        want(watch_tab[poll_who[i]].poll_at == i + 1);
+    for (size_t i = 0; i < LIM_FD_CNT; i++)
+        want(!fd_tab[i].who || watch_tab[fd_tab[i].who - 1].fd_at == i + 1);
 }
 
 static void se_finish(void)

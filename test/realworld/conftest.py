@@ -23,6 +23,7 @@ from servers import LiveKit, Server, Synapse, die_with_us    # noqa: E402
 # has its port in its name, serves what clients ask itself, and keeps
 # Synapse's own limit of calls to delayed events.
 ALPHA_FRONT, ALPHA, BETA = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+LED = {"org.matrix.msc4143.rtc_foci": [{"type": "livekit", "livekit_service_url": "https://alpha.test/livekit/jwt"}]}
 HOSTS = f"{ALPHA_FRONT} alpha.test\n{ALPHA} matrix.alpha.test\n{BETA} beta.test\n"
 
 
@@ -71,11 +72,11 @@ def world(pki, tmp_path_factory):
     alpha = Synapse(folder / "alpha", "alpha.test", ALPHA, 8448, pki.leaf(["matrix.alpha.test"], key="p256"),
                     ["client", "federation"], rc_delayed_event_mgmt={"per_second": 1000, "burst_count": 1000})
     beta = Synapse(folder / "beta", "beta.test:8449", BETA, 8449, pki.leaf(["beta.test"], [BETA], key="rsa2048"),
-                   ["openid"], public=True)
+                   ["openid"], public=True, extra_well_known_client_content=LED)
     sfu = LiveKit(folder / "sfu")
     front = Homeserver((ALPHA_FRONT, 443), pki.leaf(["alpha.test"]), well_known="matrix.alpha.test:8448")
     front.on("/.well-known/matrix/client",
-             Reply(200, {"m.homeserver": {"base_url": "https://matrix.alpha.test:8448/"}}))
+             Reply(200, {"m.homeserver": {"base_url": "https://matrix.alpha.test:8448/"}, **LED}))
     try:
         for s in (alpha, beta, sfu):
             s.start()

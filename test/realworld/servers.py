@@ -238,7 +238,8 @@ class LiveKit(Server):
             "logging": {"level": "info"},
         }
         if webhook:
-            config["webhook"] = {"api_key": CANARY_KEY, "urls": [webhook]}
+            urls = [webhook] if isinstance(webhook, str) else webhook
+            config["webhook"] = {"api_key": CANARY_KEY, "urls": urls}
         (self.dir / "livekit.yaml").write_text(json.dumps(config))
         self.argv = [LIVEKIT, "--config", "livekit.yaml"]
 

@@ -13,7 +13,7 @@ import pytest
 from livekit import rtc
 
 from caller import Call
-from peers import Pki, wait_for
+from peers import Pki, Reply, wait_for
 from service import CANARY_KEY, CANARY_PASSWORD, CANARY_SECRET, DEADLINE, Service, run_cli
 from servers import User, die_with_us
 
@@ -366,9 +366,15 @@ def test_private_address_of_a_stranger_is_not_dialled(roles, env):
         assert service.stop() == 0
 
 
-def test_check_walks_the_way_to_the_homeserver(roles, env):
+def test_check_walks_the_way_to_the_homeserver(roles, env, world):
+    """And the one that its clients go, through a proxy to the service."""
+    def pass_on(req):
+        reply = roles.service.request(req.method, "/get_token", req.body)
+        return Reply(reply.status, reply.body)
+    world.front.on("/livekit/jwt/get_token", pass_on)
     done = run_cli(["--check", roles.home.server_name], env(roles.home.server_name))
     assert done.code == 0 and roles.home.addr in done.text, done
+    assert "focus       https://alpha.test/livekit/jwt: answers\n" in done.out, done
     done = run_cli(["--check", "gamma.test"], env(roles.home.server_name))
     assert done.code != 0, done
 
