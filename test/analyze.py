@@ -8,6 +8,8 @@ the reason; a row that nothing matches any more is a failure too. The last
 line counts the tools, and the rows of the unit tests.
 """
 
+import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
@@ -91,34 +93,38 @@ def gcc(_src, _headers, _used):
 
 
 def memory():
-    """Rows of the unit tests: (passed, failed)."""
+    """Rows of the unit tests: (passed, failed, what was said of failures)."""
     made = run("test/netns", "build/unit-msan")
-    print(*[line for line in made.stdout.split("\n")
-            if line.startswith("FAIL")], made.stderr[-2000:], sep="\n",
-          end="")
+    said = "\n".join([*(line for line in made.stdout.split("\n")
+                        if line.startswith("FAIL")), made.stderr[-2000:]])
     count = re.search(r"^(\d+) passed, (\d+) failed$", made.stdout, re.M)
     ok, bad = (int(count[1]), int(count[2])) if count else (0, 0)
-    return ok, bad or int(made.returncode != 0)
+    return ok, bad or int(made.returncode != 0), said.lstrip("\n")
 
 
 def main():
     src = audit.Source()
     passed = failed = 0
     used = set()
-    for name, tool in (("gcc -fanalyzer", gcc), ("clang --analyze", clang),
-                       ("cppcheck", cppcheck)):
-        wrong = tool(src, sys.argv[1], used)
-        print(f"FAIL {name}: " + "\n  ".join(wrong) if wrong
-              else f"ok   {name}", flush=True)
-        passed += not wrong
-        failed += bool(wrong)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = pool.submit(memory)  # takes longest
+        tools = [(name, pool.submit(tool, src, sys.argv[1], used))
+                 for name, tool in (("clang --analyze", clang),
+                                    ("gcc -fanalyzer", gcc),
+                                    ("cppcheck", cppcheck))]
+        for name, tool in tools:
+            wrong = tool.result()
+            print(f"FAIL {name}: " + "\n  ".join(wrong) if wrong
+                  else f"ok   {name}", flush=True)
+            passed += not wrong
+            failed += bool(wrong)
+        ok, bad, said = rows.result()
     stale = [f"{kind} in {name}" for kind, name in NOT_SO
              if (kind, name) not in used]
     if stale:
         print("FAIL exceptions that nothing needs any more:", *stale)
         failed += 1
-    ok, bad = memory()
-    print(f"{'FAIL' if bad else 'ok  '} the unit tests under "
+    print(f"{said}{'FAIL' if bad else 'ok  '} the unit tests under "
           f"MemorySanitizer: {ok} rows, {bad} failed")
     print(f"{passed + ok} passed, {failed + bad} failed")
     return failed + bad > 0
