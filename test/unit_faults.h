@@ -179,6 +179,58 @@ static const char *fault_discovery(void)
     return fault_exchange_of(exchange_post("/get_token", body));
 }
 
+/* A request that the homeserver passes on: its head and body, one question
+ * about the user, the room. */
+static const char *fault_appservice(void)
+{
+    static const char body[] = "{\"room_id\":\"!r:a.org\",\"slot_id\":"
+        "\"m.call#ROOM\",\"member_id\":\"m\",\"url\":"
+        "\"wss://sfu.example.org\"}";
+    char text[1000];
+    exchange_reset(SUB_A, NULL);
+    zone_add("api", "A", "A:10.0.0.9");
+    site_tab[2] = (struct site){ "10.0.0.9", 80, .reply = {
+        "HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{\"joined\":true}" } };
+    cfg.has_as = true;
+    cfg.sec_as_token = SL("as");
+    sha256(SL("hs"), cfg.hs_token_sum);
+    cfg.cs[0].name = SL("a.org");
+    if (!name_parse(SL("a.org"), &cfg.hs_name)
+        || !cfg_base(SL("http://api"), true, &cfg.cs[0].base))
+        abort();
+    cfg.cs_cnt = 1;
+    fault_arm();
+    struct sock *s = client_new(false);
+    snprintf(text, sizeof text, "POST /_matrix/client/v1/rtc/livekit/get_token "
+        "HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer hs\r\n"
+        "X-Matrix-User-Identifier: @u:a.org\r\nContent-Length: %zu\r\n\r\n%s",
+        sizeof body - 1, body);
+    sock_say(s, text);
+    net_run(net_never, 60000);
+    fault_disarm();
+    const char *got = exchange_text(s);
+    bool ok = memmem(s->out, s->out_len, "\r\n\r\n{\"jwt\":\"ey", 14) != NULL;
+    bool no = strncmp(got, "502 M_UNKNOWN", 13) == 0
+        || strncmp(got, "400 M_BAD_JSON", 14) == 0
+        || strncmp(got, "500 M_UNKNOWN", 13) == 0
+        || strcmp(got, "none") == 0 || fault_is_full(leave_status(s));
+    bool asked = strstr(site_tab[2].request, "Authorization: Bearer as\r\n");
+    s->is_eof = true;
+    cfg.has_as = false;
+    if (ok && !asked)
+        return fault_wrong("granted and not asked");
+    return ok || (no && !fault_must_work) ? NULL
+        : fault_wrong("%s %s", got, log_buf);
+}
+
+static const char *fault_appservice_left(void)
+{
+    for (size_t i = 0; i < LIM_INQ_CNT; i++)
+        if (inq_pool[i].state != I_FREE)
+            return fault_wrong("question %zu is in use", i);
+    return net_left_later();
+}
+
 static const char *fault_health(void)
 {
     exchange_reset(SUB_A, NULL);
@@ -901,6 +953,8 @@ static const struct fault_row fault_tab[] = {
     { "exchange", 70000, fault_exchange, net_left_later },
     { "exchange by discovery and TLS", 70000, fault_discovery,
         net_left_later },
+    { "application service", 70000, fault_appservice,
+        fault_appservice_left },
     { "health and metrics", 1000, fault_health, net_left_later },
     { "anchors read again", 1000, fault_signals, net_left_later },
     { "webhooks", 70000, fault_webhooks, leave_left },

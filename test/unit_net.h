@@ -382,6 +382,9 @@ static void net_reset(void)
     ZERO(lookup_pool);
     ZERO(lookup_hot);
     ZERO(known_cache);
+    ZERO(inq_pool);
+    ZERO(inq_form);
+    ZERO(member_cache);
     ZERO(exchange_states);
     lookup_active = lookup_strangers = lookup_unknown = 0;
     exchange_room_cnt = 0;

@@ -15,6 +15,7 @@ from exchange import CORS, alias, check_common, hashed, payload
 from leave import LeaveSfu, event, participant, webhook_token
 from peers import HttpServer, Reply, together, wait_for
 from service import CANARY_PASSWORD, CANARY_SECRET, Service, base_env, free_port, run_cli
+from store import RedisServer
 
 HS = "as.test"
 # Secrets of this mode; they are of the canary's kind, so that its test finds them in any output.
@@ -654,6 +655,43 @@ def test_a_delegation_of_anothers_event(world):
     # There is no delegation with a token here, and no time-out of the client's.
     refused(world.post(GET, owner, body_of(room, delay_id=delay_id)), 400, "M_NOT_JSON")
     refused(world.post(DELEGATE, owner, body_of(room, delay_id=delay_id, delay_timeout=1)), 400, "M_NOT_JSON")
+
+
+def test_a_stored_delegation_keeps_its_owner():
+    """Redis holds who it acts for; after a restart it goes on in that user's name, and where the mode is off, or what
+    is stored cannot be so, it is left alone."""
+    with RedisServer() as redis:
+        w = World(LIVEKIT_REDIS_URL=redis.url(), LIVEKIT_LOG_LEVEL="debug")
+        with w:
+            user, room = w.user()
+            delay_id = delayed(w, user, room)
+            assert w.post(DELEGATE, user, body_of(room, delay_id=delay_id)).status == 200
+            first = wait_for("the restart", lambda: delayed_calls(w, delay_id, "restart"))
+            name = json.dumps([alias(room), hashed(user, "member-1")], separators=(",", ":"))
+            (key, text), = redis.client().hgetall("lk-jwt:jobs").items()
+            assert key == name and json.loads(text)["Params"]["Owner"] == user
+            w.svc.stop()
+            # Others may write there: whom would they have us speak for?
+            record = json.loads(text)
+            for n, (owner, server) in enumerate([("@a:else.test", HS), ("@a:else.test", "else.test"), ("a:as.test", HS),
+                                                 ("@a:as.test", "else.test")]):
+                params = {**record["Params"], "Owner": owner, "ServerName": server, "DelayId": f"syd_bad{n}",
+                          "LiveKitIdentity": f"bad{n}"}
+                redis.client().hset("lk-jwt:jobs", json.dumps([alias(room), f"bad{n}"], separators=(",", ":")),
+                                    json.dumps({**record, "Params": params}))
+            w.svc.start()
+            again = wait_for("the restart after that", lambda: len(c := delayed_calls(w, delay_id, "restart")) > len(first)
+                             and c)
+            assert again[-1].query == {"user_id": user} and again[-1].header("authorization") == f"Bearer {AS_TOKEN}"
+            assert len(w.svc.wait_event("REDIS_ENTRY_BAD", count=4)) == 4
+            assert not [r for r in w.home.requests if "syd_bad" in r.target]
+            w.svc.stop()
+            w.svc.env.update(LIVEKIT_HS_SERVER_NAME="", LIVEKIT_AS_TOKEN="", LIVEKIT_HS_TOKEN="")
+            before = len(delayed_calls(w, delay_id, "restart"))
+            w.svc.start()
+            assert len(w.svc.wait_event("REDIS_ENTRY_BAD", count=9)) == 9, "all five"
+            assert len(delayed_calls(w, delay_id, "restart")) == before
+            assert redis.client().hlen("lk-jwt:jobs") == 5
 
 
 # ---- who is not in the room any more
