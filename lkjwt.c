@@ -11980,7 +11980,7 @@ static struct seat_hot {
     bool is_again;                   /* joined while it was looked at */
 } seat_hot[LIM_SEAT_CNT];
 static size_t seat_top;              /* above the highest seat in use */
-static uint8_t seat_text[LIM_PIECE_CNT][LIM_PIECE_LEN];
+static uint8_t seat_text[LIM_PIECE_CNT * LIM_PIECE_LEN];
 static bool seat_piece[LIM_PIECE_CNT];       /* in use */
 
 static struct seat_check {
@@ -12003,14 +12003,19 @@ static size_t seat_pieces(const struct seat_hot *h)
         / LIM_PIECE_LEN;
 }
 
+static uint8_t *seat_ids(const struct seat_hot *h)
+{
+    return seat_text + (size_t)h->piece * LIM_PIECE_LEN;
+}
+
 static sl seat_room(const struct seat_hot *h)
 {
-    return (sl){ seat_text[h->piece], h->room_len };
+    return (sl){ seat_ids(h), h->room_len };
 }
 
 static sl seat_user(const struct seat_hot *h)
 {
-    return (sl){ seat_text[h->piece] + h->room_len, h->user_len };
+    return (sl){ seat_ids(h) + h->room_len, h->user_len };
 }
 
 static void seat_mark(const struct seat_hot *h, bool used)
@@ -12067,8 +12072,8 @@ MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
     seat_top += at == seat_top;
     seat_hot[at] = new;
     seat_mark(&new, true);
-    memcpy(seat_text[new.piece], p->room.p, p->room.len);
-    memcpy(seat_text[new.piece] + p->room.len, p->user.p, p->user.len);
+    memcpy(seat_ids(&new), p->room.p, p->room.len);
+    memcpy(seat_ids(&new) + p->room.len, p->user.p, p->user.len);
     memcpy(seat_pool[at].alias, p->alias.p, HASH_NAME_LEN);
     memcpy(seat_pool[at].identity, p->identity.p, HASH_NAME_LEN);
     met.gauge[GA_SEATS]++;
