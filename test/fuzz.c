@@ -302,7 +302,9 @@ static const struct js_table strict_table = { loose_field, 7, true, true };
 static const struct js_table free_table = { NULL, 0, false, false };
 static const struct js_table *const json_tab[] = { &free_table,
     &loose_table, &strict_table, &jwt_head_table, &jwt_claim_table,
-    &get_token_table, &sfu_get_table };
+    &request_tab[EP_GET_TOKEN], &request_tab[EP_SFU_GET],
+    &request_tab[EP_AS_USER], &request_tab[EP_AS_SERVER],
+    &request_tab[EP_AS_DELEGATE] };
 
 /* Large enough for each table's struct. */
 static union { struct loose loose; struct claims claims;
@@ -956,8 +958,21 @@ static void text_times(sl s)
         want(ms >= 0 && ms <= 3600000);
 }
 
+static void text_registration(sl s)
+{
+    struct registration r;
+    unsigned line = cf_registration(s, &r);
+    const sl part[] = { r.id, r.as_token, r.hs_token };
+    for (size_t i = 0; i < 3; i++)
+        want(!part[i].p || (part[i].len && in(part[i], s)
+            && sl_find(part[i], '\n') == part[i].len));
+    /* what follows a refused line is not read: neither is it needed */
+    want(line <= s.len + 1);
+}
+
 static void text_files(sl s)
 {
+    text_registration(s);
     struct resolv r;
     struct ip out[4];
     cf_resolv_parse(s, &r);
