@@ -11656,6 +11656,7 @@ static struct inquiry {
     struct inq_reply reply;          /* of INQ_YES; unused for members */
     bool is_stable, is_mxid;         /* the form it is asked in */
     bool is_switched, is_renamed;    /* other path, other name was tried */
+    bool is_foreign;                 /* only other homeservers wait for it */
     uint16_t user_cnt;               /* who wait for it, or read it */
     uint16_t api, body_idx;
     void (*build_body)(uint16_t body_idx, struct bb *b);     /* NULL: {} */
@@ -11729,13 +11730,24 @@ static void inq_watch(const struct inquiry *q)
         : INT64_MAX);
 }
 
+/* Whether a question has to leave the slots to others: those of other
+ * homeservers have half of them. */
+static bool inq_must_wait(const struct inquiry *q)
+{
+    size_t out = 0;
+    for (size_t i = 0; q->is_foreign && i < LIM_INQ_CNT; i++)
+        out += inq_pool[i].state == I_OUT && inq_pool[i].is_foreign;
+    return out >= LIM_AS_CNT / 2;
+}
+
 /* A slot is free, or the base URL known: the oldest who waits. */
 static void inq_wake_next(void)
 {
     const struct inquiry *best = NULL;
     for (size_t i = 0; i < LIM_INQ_CNT; i++)
         if (inq_pool[i].state == I_WAIT
-            && (!best || inq_pool[i].number < best->number))
+            && (!best || inq_pool[i].number < best->number)
+            && !inq_must_wait(&inq_pool[i]))
             best = &inq_pool[i];
     if (best)
         loop_wake(KIND_INQUIRY, inq_idx(best));
@@ -11790,6 +11802,10 @@ static void inq_start(struct inquiry *q, int64_t now)
     }
     if (now >= q->end) {
         inq_done(q, INQ_UNKNOWN, EV_WAIT_TIMEOUT, now);
+        return;
+    }
+    if (inq_must_wait(q)) {
+        inq_watch(q);
         return;
     }
     /* a relay fails with the server that a user named, not with ours */
@@ -14124,12 +14140,29 @@ static void exchange_wake_inquiry(size_t inq)
 
 static void as_wait(struct exchange *x, struct inquiry *q, int64_t now)
 {
+    bool is_foreign = x->endpoint == EP_AS_SERVER;
     x->inq = q;
     x->end = INT64_MAX;                  /* the question has its own */
-    if (q)
+    if (q) {
+        q->is_foreign = is_foreign && (q->user_cnt == 1 || q->is_foreign);
         exchange_set(x, X_INQUIRY);
-    else
+    } else {
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
+    }
+}
+
+/* Whether one more may ask: other homeservers leave half of the questions
+ * to ours, and one of them some to each other. */
+static bool as_may_ask(const struct exchange *x)
+{
+    size_t far = 0, same = 0;
+    for (size_t i = 0; x->endpoint == EP_AS_SERVER && i < LIM_SLOT_CNT; i++)
+        if (exchange_states[i] == X_INQUIRY
+            && exchange_pool[i].endpoint == EP_AS_SERVER) {
+            far++;
+            same += exchange_pool[i].dest == x->dest;
+        }
+    return far < LIM_INQ_CNT / 2 && same < LIM_DEST_LISTED;
 }
 
 /* By when a question of x must be answered. */
@@ -14346,8 +14379,8 @@ static void as_begin(struct exchange *x, int64_t now)
     else if (two || !sl_starts(x->r.room_id, SL("!"))
              || (remote && !name_parse(x->r.server_name, &n)))
         exchange_fail(x, EV_FIELD_BAD, RE_BAD_PARAM, now);
-    else if (rate != EV_NONE)
-        exchange_fail(x, rate, RE_LIMITED, now);
+    else if (rate != EV_NONE || !as_may_ask(x))
+        exchange_fail(x, rate ? rate : EV_QUEUE_FULL, RE_LIMITED, now);
     else if ((remote || x->endpoint == EP_AS_SERVER) && name_denied(&n))
         exchange_fail(x, EV_SERVER_DENIED, RE_NOT_ALLOWED, now);
     else if (!remote && !sl_eq(x->r.url, cfg.livekit_url))

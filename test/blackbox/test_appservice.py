@@ -39,10 +39,10 @@ class Home(HttpServer):
     it knows; odd: Reply or function(Request) for is_joined in place of all that; relay: function(body) -> (status,
     content) or a Reply; delayed: {delay id: (owner, reply)}."""
 
-    def __init__(self):
+    def __init__(self, *address, **more):
         self.joined, self.stable, self.mxid, self.odd = set(), False, True, None
         self.relay, self.delayed, self.relayed, self.wrong = None, {}, [], []
-        super().__init__()
+        super().__init__(*address, **more)
 
     def answer(self, req):
         path = req.target.partition("?")[0]
@@ -473,6 +473,43 @@ def test_federated_requests_that_are_refused():
             refused(w.post(FEDERATION[1], None, body_of(room, user_id="@a:fed.test"), origin="fed.test"), 403,
                     "M_FORBIDDEN", cors=False)
         assert not w.sfu.rooms
+
+
+def test_other_homeservers_take_no_more_than_their_share():
+    """Their questions, which stall, leave ours slots; one of them leaves some to the others."""
+    with World(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS="0") as w:
+        w.svc.wait_event("AS_READY")
+        gate, here, most, lock = threading.Event(), [0], [0], threading.Lock()
+
+        def stalls(req):
+            if "fed.test" not in req.target and "%21fed" not in req.target:
+                return Reply(200, {"joined": True})
+            with lock:
+                here[0] += 1
+                most[0] = max(most[0], here[0])
+            gate.wait(8)
+            with lock:
+                here[0] -= 1
+            return Reply(200, {"joined": True})
+        w.home.odd = stalls
+        done = []
+
+        def fed(n):
+            user = f"@u{n}:fed.test"
+            done.append(w.post(FEDERATION[1], None, body_of(f"!fed{n}:fed.test", user_id=user), origin="fed.test").status)
+        threads = [threading.Thread(target=fed, args=(n,)) for n in range(70)]
+        for t in threads:
+            t.start()
+        wait_for("all that may wait", lambda: done.count(429) >= 6)
+        wait_for("their share of the calls", lambda: here[0] >= 12)
+        for _ in range(5):
+            user, room = w.user()
+            granted(w.post(GET, user, body_of(room)), user, room)
+        gate.set()
+        for t in threads:
+            t.join(40)
+        assert sorted(set(done)) == [200, 429] and done.count(429) == 6 and most[0] == 12, (done, most)
+        assert w.svc.events("QUEUE_FULL")
 
 
 # ---- the SFU of another homeserver
@@ -942,6 +979,31 @@ def test_registration_is_printed_and_read_again(peers, tmp_path):
     assert run_cli(["--registration"], {}).code == 1
     for bad in ("ftp://x", "ws://x", "lkjwt:8080", "http://a b", ""):
         assert run_cli(["--registration", bad], env).code == 1, bad
+
+
+def test_our_token_goes_to_the_api_and_encrypted(pki):
+    """By discovery: an http:// base URL is not taken, an https:// one is; without any, the client is told so."""
+    name = "127.0.0.77"
+    front = HttpServer((name, 443), tls=pki.leaf(ips=[name]))
+    plain, secure, sfu = Home(), Home((name, 0), tls=pki.leaf(ips=[name])), RoomSfu()
+    try:
+        for base, home, status in (f"http://127.0.0.1:{plain.port}/", plain, 400), (f"https://{name}:{secure.port}/", secure,
+                                                                                   200), ("", plain, 400):
+            front.on("/.well-known/matrix/client", Reply(200, {"m.homeserver": {"base_url": base}}))
+            env = as_env(home, sfu, LIVEKIT_HS_SERVER_NAME=name, LIVEKIT_CS_API_URL_OVERRIDES=None, LKJWT_CA_ONLY="true",
+                         LKJWT_CA_FILE=pki.ca_file, LKJWT_ALLOW_NETWORKS="127.0.0.0/8")
+            user, room = f"@u:{name}", f"!room{next(_serial)}:{name}"
+            home.joined.add((room, user))
+            with Service(env) as s:
+                reply = s.post(GET, body_of(room), [("Authorization", f"Bearer {HS_TOKEN}"),
+                                                    ("X-Matrix-User-Identifier", user)])
+                assert reply.status == status, (base, reply, s.log_text())
+                if status == 400:
+                    refused(reply, 400, "M_BAD_JSON")
+        assert not plain.requests and not plain.accepted and secure.requests
+    finally:
+        for peer in (front, plain, secure, sfu):
+            peer.stop()
 
 
 # ---- the first contact, and --check
