@@ -250,7 +250,7 @@ def test_other_words_are_fatal(rig, var, value):
 
 # SECURITY.md 6 as strace writes it on x86_64, aarch64 and armv7. How the arguments are judged: test/unit_jail.h.
 CALLS = set("""read write writev close shutdown connect accept4 sendto recvfrom sendmsg recvmsg getsockopt setsockopt
-    getsockname getpeername ppoll poll ppoll_time64 clock_gettime clock_gettime64 getrandom getdents64 fstat fstat64
+    getsockname getpeername epoll_ctl epoll_pwait ppoll poll ppoll_time64 clock_gettime clock_gettime64 getrandom getdents64 fstat fstat64
     newfstatat fstatat64 statx pread64 rt_sigprocmask rt_sigreturn sigreturn restart_syscall exit exit_group socket
     fcntl fcntl64 openat recv send""".split())
 REREAD = {"/etc/resolv.conf", "/etc/hosts"}
