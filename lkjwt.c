@@ -12168,8 +12168,12 @@ static void seat_ask(struct seat_check *c, int64_t now)
     c->state = S_MEMBER;
     c->inq = inq_open(INQ_USER, seat_room(h), seat_user(h),
         now + LIM_INQ_MS);
-    if (!c->inq)
+    if (!c->inq) {
         seat_done(c, LIM_SEAT_RETRY_MS, now);
+        return;
+    }
+    c->inq->is_foreign = false;
+    loop_wake(KIND_INQUIRY, inq_idx(c->inq));
 }
 
 /* The SFU said whether it is there. */
@@ -14145,6 +14149,7 @@ static void as_wait(struct exchange *x, struct inquiry *q, int64_t now)
     x->end = INT64_MAX;                  /* the question has its own */
     if (q) {
         q->is_foreign = is_foreign && (q->user_cnt == 1 || q->is_foreign);
+        loop_wake(KIND_INQUIRY, inq_idx(q));     /* it may be ours now */
         exchange_set(x, X_INQUIRY);
     } else {
         exchange_fail(x, EV_QUEUE_FULL, RE_LIMITED, now);
