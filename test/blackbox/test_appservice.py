@@ -832,6 +832,21 @@ def test_tokens_of_one_user_are_bounded():
         assert w.svc.events("SEATS_FULL")
 
 
+def test_rates_hold_here_too():
+    with World(LKJWT_RATE_USER="3:0.01", LKJWT_RATE_SERVER="5:0.01") as w:
+        user, room = w.user()
+        assert [w.post(GET, user, body_of(room)).status for _ in range(4)] == [200, 200, 200, 429]
+        assert w.svc.wait_event("RATE_USER")
+        other, _ = w.user(room)
+        granted(w.post(GET, other, body_of(room)), other, room)
+        # Other homeservers are counted, whoever their users are; the own one is not.
+        got = []
+        for _ in range(6):
+            fed, _ = w.user(room, server="fed.test")
+            got.append(w.post(FEDERATION[1], None, body_of(room, user_id=fed), origin="fed.test").status)
+        assert got == [200] * 5 + [429] and w.svc.wait_event("RATE_SERVER", server="fed.test")
+
+
 # ---- the two modes
 
 def test_standalone_goes_on_beside_it(world):
