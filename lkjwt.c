@@ -417,7 +417,8 @@ enum {
     LIM_PIECE_CNT    = 3072,   /* pieces of their rooms' and users' ids */
     LIM_PIECE_LEN    = 32,
     LIM_SEAT_CALLS   = 8,      /* of them looked at, at once */
-    LIM_SEAT_KEPT_MS = 660000, /* LiveKit's own refreshed tokens: 10 min */
+    LIM_SEAT_KEPT_MS = 780000, /* LIM_AS_TTL_S, as LiveKit's own refreshed */
+                               /* tokens; its minute of leeway; two more */
     LIM_SEAT_RETRY_MS = 5000,  /* the SFU or all our slots were busy */
     LIM_PROBE_MS     = 10000,  /* between two first contacts, doubling */
     LIM_TOKEN_RELAY  = 8192,   /* another server's token, handed on */
@@ -3792,7 +3793,7 @@ MUST_USE static unsigned cf_registration(sl text, struct registration *r)
     memset(r, 0, sizeof *r);
     for (unsigned number = 1; text.len; number++) {
         size_t n = sl_find(text, '\n'), in = 0, cut = 0;
-        sl line = { text.p, n }, value;
+        sl line = { text.p, n }, value = { NULL, 0 };
         text = sl_skip(text, n + 1);
         if (sl_ends(line, SL("\r")))
             line.len--;
@@ -6625,6 +6626,9 @@ static uint8_t *up_body(struct up *u)
  * up says nothing. */
 static enum verdict up_verdict(const struct up *u)
 {
+    if (u->state == UP_DONE && u->head.status == 500
+        && u->call.owner == KIND_INQUIRY)
+        return PEER_UNASKED;             /* a user's words may be why (T31) */
     if (u->state == UP_DONE)
         return u->head.status >= 500 ? PEER_FAILED : PEER_OK;
     return u->state == UP_FAILED ? peer_verdict(u->why) : PEER_UNASKED;
@@ -8277,6 +8281,8 @@ static struct api *api_find(sl name, int64_t now)
         if (a->state != API_FREE && sl_eq((sl){ a->name, a->name_len }, name))
             return a;
         if (a->job_cnt == 0 && !a->lookup && a->used_at < now - 60000
+            && !(cfg.has_as && sl_eq((sl){ a->name, a->name_len },
+                                     cfg.hs_name.whole))
             && (!best || a->used_at < best->used_at))
             best = a;
         if (a->state == API_FREE) {
@@ -10183,7 +10189,8 @@ static void gone_apply(struct job *j, int64_t now)
                 g->at };
             job_left(j, &d, now);
         } else if (j->state == J_WAITING && !g->is_aborted
-                   && g->wall_ms > j->restarted_wall_ms) {
+                   && g->wall_ms > (j->is_owned ? j->accepted_wall_ms
+                                    : j->restarted_wall_ms)) {
             job_connect(j, which, (sl){ NULL, 0 }, true, now);
             job_doubt(j, 0, now);
         }
@@ -11661,6 +11668,7 @@ static struct inquiry {
     uint16_t api, body_idx;
     void (*build_body)(uint16_t body_idx, struct bb *b);     /* NULL: {} */
     uint64_t key, number;            /* key: of members; order of opening */
+    uint64_t dest;                   /* of a relay */
     struct up *up;
     int64_t end;
     sl arg[2];                       /* borrowed from the first who asked */
@@ -11731,13 +11739,34 @@ static void inq_watch(const struct inquiry *q)
 }
 
 /* Whether a question has to leave the slots to others: those of other
- * homeservers have half of them. */
+ * homeservers have half of them, relays a third, of one server a few. */
 static bool inq_must_wait(const struct inquiry *q)
 {
-    size_t out = 0;
-    for (size_t i = 0; q->is_foreign && i < LIM_INQ_CNT; i++)
-        out += inq_pool[i].state == I_OUT && inq_pool[i].is_foreign;
-    return out >= LIM_AS_CNT / 2;
+    size_t far = 0, relays = 0, same = 0;
+    for (size_t i = 0; i < LIM_INQ_CNT; i++) {
+        const struct inquiry *p = &inq_pool[i];
+        if (p->state != I_OUT)
+            continue;
+        far += p->is_foreign;
+        relays += p->kind == INQ_RELAY;
+        same += p->kind == INQ_RELAY && p->dest == q->dest;
+    }
+    return (q->is_foreign && far >= LIM_AS_CNT / 2)
+        || (q->kind == INQ_RELAY && (relays >= LIM_AS_CNT / 3
+                                     || same >= LIM_AS_CNT / 6));
+}
+
+/* Whether enough relays wait already, of all or of one server. */
+static bool inq_relay_is_full(uint64_t dest)
+{
+    size_t all = 0, same = 0;
+    for (size_t i = 0; i < LIM_INQ_CNT; i++) {
+        const struct inquiry *p = &inq_pool[i];
+        bool relay = p->state != I_FREE && p->kind == INQ_RELAY;
+        all += relay;
+        same += relay && p->dest == dest;
+    }
+    return all >= LIM_INQ_CNT / 3 || same >= LIM_INQ_CNT / 6;
 }
 
 /* A slot is free, or the base URL known: the oldest who waits. */
@@ -11784,6 +11813,8 @@ static void inq_done(struct inquiry *q, enum inq_answer answer,
     q->state = I_DONE;
     if (inq_is_member(q->kind) || answer == INQ_UNKNOWN)
         inq_drop_up(q, now);
+    if (!u)                              /* a wake it had no use for */
+        inq_wake_next();
     inq_watch(q);
     exchange_wake_inquiry(inq_idx(q));
     seat_wake_inquiry(inq_idx(q));
@@ -12066,8 +12097,9 @@ MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
         .server = (uint32_t)dest_hash(p->server),
         .room_len = (uint8_t)p->room.len, .user_len = (uint8_t)p->user.len,
         .at = now + cfg.member_ms,
-        .until = now + (LIM_AS_TTL_S + 60) * 1000 };
+        .until = now + LIM_SEAT_KEPT_MS };
     size_t same = 0, near = 0, far = 0, at = seat_top;
+    size_t near_text = seat_pieces(&new), far_text = near_text;
     if (cfg.member_ms == 0)
         return true;
     for (size_t i = seat_top; i-- > 0; ) {
@@ -12079,10 +12111,16 @@ MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
         same += h->is_used && h->user == new.user;
         near += h->is_used && h->is_foreign && h->server == new.server;
         far += h->is_used && h->is_foreign;
+        if (h->is_used && h->is_foreign) {
+            far_text += seat_pieces(h);
+            near_text += h->server == new.server ? seat_pieces(h) : 0;
+        }
         at = h->is_used ? at : i;
     }
     if (at == LIM_SEAT_CNT || same >= LIM_SEAT_USER || (p->is_foreign
-            && (near >= LIM_SEAT_SERVER || far >= LIM_SEAT_CNT / 2))
+            && (near >= LIM_SEAT_SERVER || far >= LIM_SEAT_CNT / 2
+                || near_text > LIM_PIECE_CNT / 4
+                || far_text > LIM_PIECE_CNT / 2))
         || !seat_place(&new))
         return false;
     seat_top += at == seat_top;
@@ -14207,9 +14245,11 @@ static void as_build_relay(uint16_t idx, struct bb *b)
 
 static void as_relay(struct exchange *x, int64_t now)
 {
-    struct inquiry *q = inq_open(INQ_RELAY, SL(""), SL(""),
-        x->since + LIM_AS_MS);
+    uint64_t dest = dest_hash(x->r.server_name);
+    struct inquiry *q = inq_relay_is_full(dest) ? NULL
+        : inq_open(INQ_RELAY, SL(""), SL(""), x->since + LIM_AS_MS);
     if (q) {
+        q->dest = dest;
         q->build_body = as_build_relay;
         q->body_idx = (uint16_t)(x - exchange_pool);
     }
@@ -14367,6 +14407,16 @@ MUST_USE static enum event as_who(struct exchange *x, enum reply *re)
         ? EV_CLAIM_MISMATCH : EV_NONE;
 }
 
+/* Whether it can be a room's id: a homeserver's database may fail on others,
+ * which is then taken for its fault. */
+static bool as_room_check(sl s_raw)
+{
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (s_raw.p[i] < 0x21 || s_raw.p[i] == 0x7f)
+            return false;
+    return sl_starts(s_raw, SL("!"));
+}
+
 /* The body is well-formed: who asks, what for, and what is to be proven. */
 static void as_begin(struct exchange *x, int64_t now)
 {
@@ -14381,7 +14431,7 @@ static void as_begin(struct exchange *x, int64_t now)
     enum event rate = ev ? EV_NONE : exchange_rate(x, now);
     if (ev != EV_NONE)
         exchange_fail(x, ev, re, now);
-    else if (two || !sl_starts(x->r.room_id, SL("!"))
+    else if (two || !as_room_check(x->r.room_id)
              || (remote && !name_parse(x->r.server_name, &n)))
         exchange_fail(x, EV_FIELD_BAD, RE_BAD_PARAM, now);
     else if (rate != EV_NONE || !as_may_ask(x))
@@ -14528,7 +14578,8 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     uint8_t *body = intake_body(&c->body, conn_in[conn_idx(c)], c->head_len);
     must(x->state == X_FREE);
     sl addr = { c->client.b, c->client.v6 ? 8 : 4 };
-    if (cfg.rate_addr.burst && c->has_client && !rate_ok(memo_key(
+    if (cfg.rate_addr.burst && c->has_client
+        && endpoint < EP_AS_USER && !rate_ok(memo_key(
             c->client.v6 ? '6' : '4', addr), &cfg.rate_addr, now)) {
         conn_log_addr(&c->client, request_id(c));
         conn_error(c, RE_LIMITED, NULL, now);

@@ -180,7 +180,7 @@ static void test_seats(void)
         && met.gauge[GA_SEATS] == LIM_SEAT_CNT, "%zu", n);
     row("seats: the same one again is no more", seat_put(5, 25, false, 5,
         now + 1000) && seat_hot[5].until == now + 1000
-        + (LIM_AS_TTL_S + 60) * 1000, "refused, or not kept longer");
+        + LIM_SEAT_KEPT_MS, "refused, or not kept longer");
     for (size_t i = 0; i < LIM_SEAT_CNT; i += 2)
         seat_free(i);
     for (size_t i = 1; i < LIM_SEAT_CNT; i += 2) {

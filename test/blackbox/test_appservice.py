@@ -328,11 +328,18 @@ def test_users_that_are_not_the_homeservers(world, user, status, errcode):
 
 def test_who_is_not_in_the_room_gets_nothing(world):
     user, _ = world.user()
-    for room in (world.user()[1], "!nowhere:as.test", "!" + "\u0000\"\\/?#%" + ":as.test"):
+    for room in (world.user()[1], "!nowhere:as.test", "!" + "\"\\/?#%" + ":as.test"):
         reply = world.post(GET, user, body_of(room))
         refused(reply, 403, "M_FORBIDDEN")
         assert world.svc.wait_event("NOT_JOINED", req=reply.header("X-Request-Id"))
         assert not [r for r in world.sfu.rooms if r["name"] == alias(room)]
+
+
+@pytest.mark.parametrize("room", ["!a\u0000:as.test", "!a\n:as.test", "!a b:as.test", "!a\u007f:as.test", "a:as.test"])
+def test_what_is_no_room_is_not_asked_about(world, room):
+    """A homeserver's database may fail on it, and that would count as the homeserver's failure."""
+    user, _ = world.user()
+    refused(world.post(GET, user, body_of(room)), 400, "M_INVALID_PARAM")
 
 
 LIES = [  # what the homeserver says to is_joined
@@ -593,7 +600,7 @@ def test_relays_that_fail_do_not_close_the_way_to_our_own_homeserver():
         other, room = w.user()
         granted(w.post(GET, other, body_of(room)), other, room)
         # One that fails by itself is left alone for a while, and then asked again.
-        w.home.odd = Reply(500, {"errcode": "M_UNKNOWN"})
+        w.home.odd = Reply(503, {"errcode": "M_UNKNOWN"})
         for _ in range(4):
             user, room = w.user()
             refused(w.post(GET, user, body_of(room)), 502, "M_UNKNOWN")
