@@ -13860,11 +13860,12 @@ static uint64_t exchange_room_key(const struct exchange *x)
     return memo_key('a', (sl){ x->alias, HASH_NAME_LEN });
 }
 
-/* Whether a room may be created that was not of late. Only under the lone
- * `*` is that counted (T5). */
+/* Whether a room may be created that was not of late. That is counted under
+ * the lone `*`, and of other homeservers' users (T5). */
 static bool exchange_new_room(struct exchange *x, int64_t now)
 {
-    if (!cfg.is_open || x->is_asked || memo_holds(room_cache, LIM_ROOM_CNT,
+    bool counted = cfg.is_open || x->endpoint == EP_AS_SERVER;
+    if (!counted || x->is_asked || memo_holds(room_cache, LIM_ROOM_CNT,
             exchange_room_key(x), now))
         return true;
     x->is_asked = true;
@@ -14094,7 +14095,7 @@ static void exchange_step_room(struct exchange *x, int64_t now)
     if (u->state == UP_DONE && u->head.status == 200) {
         LOG(EV_ROOM_CREATED, KV("req", request_id(c)));
         exchange_drop(x, now);
-        if (cfg.is_open)
+        if (cfg.is_open || cfg.has_as)
             memo_make(room_cache, LIM_ROOM_CNT, exchange_room_key(x), now)->at
                 = now + LIM_ROOM_MS;
         exchange_lead(x, true, EV_NONE, RE_SFU);
@@ -14264,6 +14265,13 @@ static void as_proven(struct exchange *x, int64_t now)
     must(x->asks == 0);
     if (as_is_remote(x)) {
         as_relay(x, now);
+        return;
+    }
+    uint8_t identity[HASH_NAME_LEN];
+    struct bb id = BB(identity);
+    if (!exchange_identity(x, &id)       /* a refused one leaves no room */
+        || !exchange_seat(x, (sl){ identity, id.len }, now)) {
+        exchange_fail(x, EV_SEATS_FULL, RE_LIMITED, now);
         return;
     }
     x->is_member = true;

@@ -519,6 +519,25 @@ def test_other_homeservers_take_no_more_than_their_share():
         assert w.svc.events("QUEUE_FULL")
 
 
+def test_rooms_of_other_homeservers_are_counted():
+    """Who does not publish here chooses the slot all the same: new rooms are few, known ones free."""
+    with World(LKJWT_RATE_ROOMS_USER="2:0.0001", LKJWT_RATE_ROOMS_SERVER="3:0.0001") as w:
+        w.svc.wait_event("AS_READY")
+        _, room = w.user()
+        w.home.joined.add((room, "as.test"))
+
+        def fed(n, slot):
+            user = f"@fed{n}:fed.test"
+            w.home.joined.add((room, user))
+            return w.post(FEDERATION[1], None, body_of(room, user_id=user, slot_id=slot), origin="fed.test").status
+        assert [fed(1, slot) for slot in "abcab"] == [200, 200, 429, 200, 200]
+        assert [fed(2, slot) for slot in "cda"] == [200, 429, 200]
+        assert w.svc.events("RATE_ROOMS")
+        user, _ = w.user(room)
+        for slot in "efgh":
+            assert w.post(GET, user, body_of(room, slot_id=slot)).status == 200
+
+
 # ---- the SFU of another homeserver
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJ4IjoxfQ.c2ln"
@@ -830,7 +849,8 @@ def test_tokens_of_one_user_are_bounded():
         user, room = w.user()
         for n in range(32):
             assert w.post(GET, user, body_of(room, f"m{n}")).status == 200
-        refused(w.post(GET, user, body_of(room, "m32")), 429, "M_LIMIT_EXCEEDED")
+        refused(w.post(GET, user, body_of(room, "m32", slot_id="another")), 429, "M_LIMIT_EXCEEDED")
+        assert not [r for r in w.sfu.rooms if r["name"] == alias(room, "another")], "refused, and a room is there"
         assert w.post(GET, user, body_of(room, "m5")).status == 200, "the same again is no more"
         other, _ = w.user(room)
         assert w.post(GET, other, body_of(room)).status == 200
