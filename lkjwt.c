@@ -193,6 +193,8 @@
  *     is not let in. Who is watched is not stored.
  *   - A delayed event that the homeserver handed over is restarted while
  *     nobody has joined for its own delay, or as long as a token lives.
+ *   - The loop waits by epoll, not poll(): that costs each round the whole
+ *     set, at 1,000 clients a third of all CPU.
  *   - Of an SFU's error only Twirp's `code` is logged, never its text.
  */
 
