@@ -591,7 +591,8 @@ def test_s25_s13_chaos_leaves_nothing_behind(rig, pki, seed):
             m = s.metrics()
             return (m["lkjwt_connections"] <= 1 and m["lkjwt_exchanges"] == m["lkjwt_exchanges_waiting"] == 0
                     and m["lkjwt_upstream_calls"] == 0)
-        assert {200, 401, 500} <= set(statuses) <= {200, 401, 429, 500, 503}, set(statuses)
+        # Whether the moods of the SFU show is chance: equal rooms share one call.
+        assert {200, 401} <= set(statuses) <= {200, 401, 429, 500, 503}, set(statuses)
         wait_for("free slots", idle_again)
         for path in ("/get_token", "/sfu/get"):
             check_granted(s.post(path, rig.body(path, wild, f"@a:{wild.netloc}", CANARY_TOKEN)))
