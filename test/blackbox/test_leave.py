@@ -1227,7 +1227,7 @@ def test_jobs_overall():
         for path in ("/get_token", "/sfu/get"):
             w.job(path=path).refused(400, "M_BAD_JSON")
         assert w.counted("JOBS_FULL") == 3 and not w.sfu.rooms
-        assert w.log.all() and w.svc.events("JOBS_FULL")[0]["level"] == "warning"
+        assert w.log.all() and w.svc.wait_event("JOBS_FULL")["level"] == "warning"
         w.job(like=jobs[3]).delegate()
         jobs[0].joined().left().sent()
         jobs[0].ended()

@@ -219,7 +219,7 @@ def test_environment(rig, name, value, ok):
 
 def test_limits_are_told_at_the_start(rig):
     with rig.service(LIVEKIT_FULL_ACCESS_HOMESERVERS="*", LKJWT_RATE_USER="7:2.5", LKJWT_RATE_SERVER=None) as s:
-        told = s.events("LIMITS")[0]
+        told = s.wait_event("LIMITS")
         assert {k: told[k] for k in told if k.startswith("LKJWT_RATE")} == {
             "LKJWT_RATE_USER": "7:2.5", "LKJWT_RATE_SERVER": "2000:100", "LKJWT_RATE_ROOMS_USER": "20:0.0167",
             "LKJWT_RATE_ROOMS_SERVER": "500:5", "LKJWT_RATE_ADDR": "off"}
