@@ -10142,7 +10142,7 @@ static uint64_t gone_hash(sl room, sl identity)
     uint8_t sum[32];
     sl part[] = { { sec_boot, 32 }, room, identity };
     hash_parts(part, 3, sum);
-    return ((uint64_t)be32(sum) << 32 | be32(sum + 4)) | 1;
+    return be64(sum) | 1;
 }
 
 /* What was last heard of a participant, or NULL. */
@@ -11701,7 +11701,7 @@ static uint64_t member_key(enum inq_kind kind, sl room, sl who)
     uint8_t sum[32], k = kind == INQ_USER ? 'U' : 'S';
     sl part[] = { { sec_boot, 32 }, { &k, 1 }, room, who };
     hash_parts(part, 4, sum);
-    return (uint64_t)be32(sum) << 32 | be32(sum + 4);
+    return be64(sum);
 }
 
 /* What is remembered of a member. */
@@ -12111,13 +12111,14 @@ MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
             return true;
         }
         same += h->is_used && h->user == new.user;
-        near += h->is_used && h->is_foreign && h->server == new.server;
-        far += h->is_used && h->is_foreign;
-        if (h->is_used && h->is_foreign) {
-            far_text += seat_pieces(h);
-            near_text += h->server == new.server ? seat_pieces(h) : 0;
-        }
         at = h->is_used ? at : i;
+        if (!h->is_used || !h->is_foreign)
+            continue;
+        bool is_near = h->server == new.server;
+        far++;
+        near += is_near;
+        far_text += seat_pieces(h);
+        near_text += is_near ? seat_pieces(h) : 0;
     }
     if (at == LIM_SEAT_CNT || same >= LIM_SEAT_USER || (p->is_foreign
             && (near >= LIM_SEAT_SERVER || far >= LIM_SEAT_CNT / 2
@@ -12437,6 +12438,7 @@ static const struct route {
     enum route_label label;
     void (*start)(struct conn *c, int64_t now);
     enum route_for who;
+    uint8_t endpoint;                /* of a token request: enum endpoint */
 } route_tab[];
 
 /* Whether a route is there, as the operator has it. */
@@ -13257,46 +13259,42 @@ static void srv_metrics(struct conn *c, int64_t now)
         { text, b.over ? 0 : b.len } }, now);
 }
 
-static void srv_get_token(struct conn *c, int64_t now);
-static void srv_sfu_get(struct conn *c, int64_t now);
-
-static void srv_delegate(struct conn *c, int64_t now);
+static void srv_exchange(struct conn *c, int64_t now);
 static void srv_webhook(struct conn *c, int64_t now);
-
-static void srv_as_user(struct conn *c, int64_t now);
-static void srv_as_server(struct conn *c, int64_t now);
-static void srv_as_delegate(struct conn *c, int64_t now);
 static void srv_as_ping(struct conn *c, int64_t now);
 
-#define AS_ROUTES(side, path, label, start, who) \
+enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE,
+    EP_AS_USER, EP_AS_SERVER, EP_AS_DELEGATE };
+
+#define AS_ROUTES(side, path, label, endpoint, who) \
     { "/_matrix/" side "/v1/rtc/livekit/" path, \
-      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, start, \
-      who }, \
+      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, \
+      srv_exchange, who, endpoint }, \
     { "/_matrix/" side "/unstable/io.element.msc4195/rtc/livekit/" path, \
-      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, start, \
-      who }
+      "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false, label, \
+      srv_exchange, who, endpoint }
 
 static const struct route route_tab[] = {
     { "/get_token", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
-      RL_GET_TOKEN, srv_get_token, FOR_ANYONE },
+      RL_GET_TOKEN, srv_exchange, FOR_ANYONE, EP_GET_TOKEN },
     { "/sfu/get", "Allow: OPTIONS, POST\r\n", M_POST, true, 0, false,
-      RL_SFU_GET, srv_sfu_get, FOR_ANYONE },
+      RL_SFU_GET, srv_exchange, FOR_ANYONE, EP_SFU_GET },
     { "/delegate_delayed_leave", "Allow: OPTIONS, POST\r\n", M_POST, true, 0,
-      false, RL_DELEGATE, srv_delegate, FOR_ANYONE },
+      false, RL_DELEGATE, srv_exchange, FOR_ANYONE, EP_DELEGATE },
     { "/sfu_webhook", "Allow: POST\r\n", M_POST, false, LIM_HUGE_LEN, false,
-      RL_WEBHOOK, srv_webhook, FOR_ANYONE },
+      RL_WEBHOOK, srv_webhook, FOR_ANYONE, 0 },
     { "/healthz", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, false,
-      RL_HEALTHZ, srv_healthz, FOR_ANYONE },
+      RL_HEALTHZ, srv_healthz, FOR_ANYONE, 0 },
     { "/metrics", "Allow: GET, HEAD\r\n", M_GET | M_HEAD, false, 0, true,
-      RL_METRICS, srv_metrics, FOR_ANYONE },
-    AS_ROUTES("client", "get_token", RL_AS_CLIENT, srv_as_user, FOR_USER),
+      RL_METRICS, srv_metrics, FOR_ANYONE, 0 },
+    AS_ROUTES("client", "get_token", RL_AS_CLIENT, EP_AS_USER, FOR_USER),
     AS_ROUTES("client", "delegate_delayed_leave", RL_AS_DELEGATE,
-              srv_as_delegate, FOR_USER),
-    AS_ROUTES("federation", "get_token", RL_AS_SERVER, srv_as_server,
+              EP_AS_DELEGATE, FOR_USER),
+    AS_ROUTES("federation", "get_token", RL_AS_SERVER, EP_AS_SERVER,
               FOR_SERVER),
     { "/_matrix/app/v1/ping", "", M_ANY, true, 0, false, RL_AS_PING,
-      srv_as_ping, FOR_HOMESERVER },
-    { NULL, NULL, 0, false, 0, false, RL_OTHER, NULL, FOR_ANYONE },
+      srv_as_ping, FOR_HOMESERVER, 0 },
+    { NULL, NULL, 0, false, 0, false, RL_OTHER, NULL, FOR_ANYONE, 0 },
 };
 
 /* ---- the token exchange ----------------------------------------------
@@ -13317,8 +13315,6 @@ static const struct route route_tab[] = {
  */
 enum exchange_state { X_FREE, X_WAIT, X_LOOKUP, X_ROOM_WAIT, X_ROOM,
     X_ROOM_PAUSE, X_API, X_STORE, X_FOLLOW, X_INQUIRY };
-enum endpoint { EP_GET_TOKEN, EP_SFU_GET, EP_DELEGATE,
-    EP_AS_USER, EP_AS_SERVER, EP_AS_DELEGATE };
 
 /* A token request's members; slices borrow from the request body. */
 struct request {
@@ -13457,6 +13453,17 @@ static const struct { const char *text; size_t at; size_t cap;
     { "server_name", AT(server_name), LIM_OTHER_LEN, 1 << EP_AS_USER, true },
 };
 #undef AT
+
+/* Whether there is no blank and no control in s: as a token it can stand in
+ * a request line, as a room's id it does not make a homeserver's database
+ * fail, which would be taken for the homeserver's fault (T31). */
+static bool is_one_word(sl s_raw)
+{
+    for (size_t i = 0; i < s_raw.len; i++)
+        if (s_raw.p[i] < 0x21 || s_raw.p[i] == 0x7f)
+            return false;
+    return true;
+}
 
 static sl request_id(const struct conn *c)
 {
@@ -13802,10 +13809,6 @@ static void exchange_grant(struct exchange *x, int64_t now)
     bool as = x->endpoint >= EP_AS_USER;
     sl text, who = { NULL, 0 };
     bool ok = exchange_identity(x, &id) && bb_finish(&id, &who);
-    if (ok && !exchange_seat(x, who, now)) {
-        exchange_fail(x, EV_SEATS_FULL, RE_LIMITED, now);
-        return;
-    }
     if (ok) {
         struct grant g = { cfg.key[0].name, who,
             { x->alias, HASH_NAME_LEN }, io_wall_ms() / 1000,
@@ -14417,16 +14420,6 @@ MUST_USE static enum event as_who(struct exchange *x, enum reply *re)
         ? EV_CLAIM_MISMATCH : EV_NONE;
 }
 
-/* Whether it can be a room's id: a homeserver's database may fail on others,
- * which is then taken for its fault. */
-static bool as_room_check(sl s_raw)
-{
-    for (size_t i = 0; i < s_raw.len; i++)
-        if (s_raw.p[i] < 0x21 || s_raw.p[i] == 0x7f)
-            return false;
-    return sl_starts(s_raw, SL("!"));
-}
-
 /* The body is well-formed: who asks, what for, and what is to be proven. */
 static void as_begin(struct exchange *x, int64_t now)
 {
@@ -14441,7 +14434,8 @@ static void as_begin(struct exchange *x, int64_t now)
     enum event rate = ev ? EV_NONE : exchange_rate(x, now);
     if (ev != EV_NONE)
         exchange_fail(x, ev, re, now);
-    else if (two || !as_room_check(x->r.room_id)
+    else if (two || !is_one_word(x->r.room_id)
+             || !sl_starts(x->r.room_id, SL("!"))
              || (remote && !name_parse(x->r.server_name, &n)))
         exchange_fail(x, EV_FIELD_BAD, RE_BAD_PARAM, now);
     else if (rate != EV_NONE || !as_may_ask(x))
@@ -14553,15 +14547,6 @@ static bool exchange_may_wait(const struct exchange *x)
         && same < (cfg.is_open ? LIM_WAIT_OPEN : LIM_WAIT_DEST);
 }
 
-/* Whether a token can be put into a request line (T31). */
-static bool token_ok(sl token)
-{
-    for (size_t i = 0; i < token.len; i++)
-        if (token.p[i] < 0x21 || token.p[i] == 0x7f)
-            return false;
-    return true;
-}
-
 /* Join who asks already, start the lookup, or queue for it. */
 static void exchange_enter(struct exchange *x, int64_t now)
 {
@@ -14627,40 +14612,15 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     x->is_known = dest_is_known(x->dest, now);
     if (name_denied(&x->name))
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
-    else if (!token_ok(x->r.access_token))
+    else if (!is_one_word(x->r.access_token))
         exchange_fail(x, EV_TOKEN_BAD, RE_UNAUTHORIZED, now);
     else
         exchange_enter(x, now);
 }
 
-static void srv_get_token(struct conn *c, int64_t now)
+static void srv_exchange(struct conn *c, int64_t now)
 {
-    exchange_start(c, EP_GET_TOKEN, now);
-}
-
-static void srv_sfu_get(struct conn *c, int64_t now)
-{
-    exchange_start(c, EP_SFU_GET, now);
-}
-
-static void srv_delegate(struct conn *c, int64_t now)
-{
-    exchange_start(c, EP_DELEGATE, now);
-}
-
-static void srv_as_user(struct conn *c, int64_t now)
-{
-    exchange_start(c, EP_AS_USER, now);
-}
-
-static void srv_as_server(struct conn *c, int64_t now)
-{
-    exchange_start(c, EP_AS_SERVER, now);
-}
-
-static void srv_as_delegate(struct conn *c, int64_t now)
-{
-    exchange_start(c, EP_AS_DELEGATE, now);
+    exchange_start(c, (enum endpoint)c->route->endpoint, now);
 }
 
 /* Any method: are you there, and is the token the right one? */

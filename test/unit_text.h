@@ -306,7 +306,7 @@ static void ids_row(struct vec *v)
     bool want = strcmp(vec_str(v, 1), "ok") == 0;
     bool ok = strcmp(kind, "user") == 0 ? user_check(text, vec_sl(v, 3))
         : strcmp(kind, "delay") == 0 ? delay_id_check(text)
-        : strcmp(kind, "token") == 0 ? token_ok(text)
+        : strcmp(kind, "token") == 0 ? is_one_word(text)
         : request_id_check(text);
     row(vec_name(v, vec_str(v, 2)), ok == want, "%s", ok ? "taken"
         : "refused");
@@ -321,7 +321,7 @@ static void test_users(void)
         sl s = { guarded(text, 2), 2 };
         delay += delay_id_check(s);
         request += request_id_check(s);
-        token += token_ok(s);
+        token += is_one_word(s);
     }
     row_int("bytes of a delay id", delay, 66);
     row_int("bytes of a request id", request, 65);
