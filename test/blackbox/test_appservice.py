@@ -151,6 +151,23 @@ def body_of(room, member_id="member-1", **over):
     return {k: v for k, v in out.items() if v is not None}
 
 
+class Crowd:
+    """How many are inside at once, and were at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *why):
+        with self.lock:
+            self.now -= 1
+
+
 @pytest.fixture(scope="module")
 def world():
     with World(LIVEKIT_LOG_LEVEL="debug") as w:
@@ -486,17 +503,13 @@ def test_other_homeservers_take_no_more_than_their_share():
     """Their questions, which stall, leave ours slots; one of them leaves some to the others."""
     with World(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS="0") as w:
         w.svc.wait_event("AS_READY")
-        gate, here, most, lock = threading.Event(), [0], [0], threading.Lock()
+        gate, crowd = threading.Event(), Crowd()
 
         def stalls(req):
             if "fed.test" not in req.target and "%21fed" not in req.target:
                 return Reply(200, {"joined": True})
-            with lock:
-                here[0] += 1
-                most[0] = max(most[0], here[0])
-            gate.wait(8)
-            with lock:
-                here[0] -= 1
+            with crowd:
+                gate.wait(8)
             return Reply(200, {"joined": True})
         w.home.odd = stalls
         done = []
@@ -508,14 +521,14 @@ def test_other_homeservers_take_no_more_than_their_share():
         for t in threads:
             t.start()
         wait_for("all that may wait", lambda: done.count(429) >= 6)
-        wait_for("their share of the calls", lambda: here[0] >= 12)
+        wait_for("their share of the calls", lambda: crowd.now >= 12)
         for _ in range(5):
             user, room = w.user()
             granted(w.post(GET, user, body_of(room)), user, room)
         gate.set()
         for t in threads:
             t.join(40)
-        assert sorted(set(done)) == [200, 429] and done.count(429) == 6 and most[0] == 12, (done, most)
+        assert sorted(set(done)) == [200, 429] and done.count(429) == 6 and crowd.most == 12, (done, crowd.most)
         assert w.svc.events("QUEUE_FULL")
 
 
@@ -816,21 +829,17 @@ def test_many_are_looked_at_in_bounded_batches():
         for part in range(0, 60, 20):
             assert [r.status for r in together([lambda u=u: w.post(GET, u, body_of(room)) for u in users[part:part + 20]])
                     ] == [200] * 20
-        now, most, lock = [0], [0], threading.Lock()
+        crowd = Crowd()
 
         def slow(req):
-            with lock:
-                now[0] += 1
-                most[0] = max(most[0], now[0])
-            time.sleep(0.05)
-            with lock:
-                now[0] -= 1
+            with crowd:
+                time.sleep(0.05)
             return None
         for user in users:
             who = hashed(user, "member-1")
             w.sfu.presence[(alias(room), who)] = lambda req, who=who: slow(req) or participant(who)
         wait_for("all to be looked at", lambda: len({i for _, i, _ in w.sfu.looked}) == 60)
-        assert 2 <= most[0] <= 8
+        assert 2 <= crowd.most <= 8
 
 
 def test_off_is_off():
