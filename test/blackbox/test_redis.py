@@ -1467,7 +1467,7 @@ def nonsense_single(name):
 def nonsense_replicas(name):
     """A real Redis behind, but each kind of command it is sent is answered so once, and so is what comes of that."""
     with RedisServer() as store, FakeRedis(store) as fake, StoreWorld(
-            fake, 3, LIVEKIT_REDIS_URL=fake.url(tail=IMPATIENT)) as w, Healthy(w):
+            fake, 3, LIVEKIT_REDIS_URL=fake.url(tail="?read_timeout=2s")) as w, Healthy(w):
         w.store = store
         assert w.mode() == "replicas"
         stays, ends = w.job().connected(), w.job().connected()
