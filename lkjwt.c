@@ -413,15 +413,16 @@ enum {
     LIM_MEMBER_CNT   = 2048,   /* answers remembered, 4-way */
     LIM_MEMBER_MS    = 5000,
     LIM_AS_TTL_S     = 600,    /* its tokens live so long at most */
-    LIM_SEAT_CNT     = 1024,   /* participants whose membership is watched */
+    LIM_SEAT_CNT     = 3072,   /* participants whose membership is watched */
     LIM_SEAT_USER    = 32,     /* of one user */
-    LIM_SEAT_SERVER  = 256,    /* of one other server; of all half */
-    LIM_PIECE_CNT    = 3072,   /* pieces of their rooms' and users' ids */
+    LIM_SEAT_SERVER  = 768,    /* of one other server; of all half */
+    LIM_PIECE_CNT    = 9216,   /* pieces of their rooms' and users' ids */
     LIM_PIECE_LEN    = 32,
     LIM_SEAT_CALLS   = 8,      /* of them looked at, at once */
     LIM_SEAT_KEPT_MS = 780000, /* LIM_AS_TTL_S, as LiveKit's own refreshed */
                                /* tokens; its minute of leeway; two more */
-    LIM_SEAT_RETRY_MS = 5000,  /* the SFU or all our slots were busy */
+    LIM_SEAT_RETRY_MS = 5000,  /* the SFU or all our slots were busy, or a */
+                               /* first answer that the user has left */
     LIM_PROBE_MS     = 10000,  /* between two first contacts, doubling */
     LIM_TOKEN_RELAY  = 8192,   /* another server's token, handed on */
 
@@ -454,7 +455,7 @@ enum {
     LIM_KEY_CNT      = 16,     /* API keys */
     LIM_LIST_CNT     = 256,    /* entries of one list variable */
     LIM_CONFIG_LEN   = 65536,  /* all copied values together */
-    LIM_FILE_LEN     = 1048576,    /* CA bundle; Debian's has 220 KB */
+    LIM_FILE_LEN     = 786432,     /* CA bundle; Debian's has 220 KB */
     LIM_MEM_LEN      = 48 << 20    /* all pools; resident: what was touched */
 };
 
@@ -9316,13 +9317,9 @@ static uint16_t look_ring[LIM_JOB_CNT];
 static bool look_in_ring[LIM_JOB_CNT];
 static size_t look_head, look_waiting;
 
-/* A look-up is over: the next one has its slot. */
-static void job_close_look(struct job *j, int64_t now)
+/* A look-up is over: the next job that waits has its slot. */
+static void look_wake_next(void)
 {
-    if (!j->look)
-        return;
-    up_close(j->look, now);
-    j->look = NULL;
     while (look_waiting) {
         size_t i = look_ring[look_head];
         look_head = (look_head + 1) % LIM_JOB_CNT;
@@ -9334,6 +9331,15 @@ static void job_close_look(struct job *j, int64_t now)
         loop_wake(KIND_JOB, i);
         return;
     }
+}
+
+static void job_close_look(struct job *j, int64_t now)
+{
+    if (!j->look)
+        return;
+    up_close(j->look, now);
+    j->look = NULL;
+    look_wake_next();
 }
 
 static void job_drop_look(struct job *j, int64_t now)
@@ -12008,10 +12014,12 @@ static enum step inq_step(size_t idx, int revents, int64_t now)
  * row state      waits for             yes          no           unknown
  * T1  S_LOOK     SFU: is it there      T2           done, or     T2
  *                                                   seat is free
- * T2  S_MEMBER   homeserver: joined    done         T3           done
+ * T2  S_MEMBER   homeserver: joined    done         soon again,  done
+ *                                                   then T3
  * T3  S_REMOVE   SFU: remove it        done         done         soon again
- * A seat outlives its token and what LiveKit refreshed of it: a user who
- * was removed and comes back is removed again.
+ * A "no" of T2 counts when it was said twice: a worker of the homeserver may
+ * lag behind a join. A seat outlives its token and what LiveKit refreshed of
+ * it: a user who was removed and comes back is removed again.
  */
 enum seat_state { S_FREE, S_LOOK, S_MEMBER, S_REMOVE };
 static struct seat {
@@ -12027,6 +12035,7 @@ static struct seat_hot {
     uint8_t room_len, user_len;      /* by side */
     bool is_used, is_busy, is_foreign;
     bool is_again;                   /* joined while it was looked at */
+    bool is_doubted;                 /* is said to have left, once */
 } seat_hot[LIM_SEAT_CNT];
 static size_t seat_top;              /* above the highest seat in use */
 static uint8_t seat_text[LIM_PIECE_CNT * LIM_PIECE_LEN];
@@ -12040,6 +12049,19 @@ static struct seat_check {
 } seat_check_pool[LIM_SEAT_CALLS];
 
 enum { SEAT_CLOCK = LIM_SEAT_CALLS, SEAT_PROBE, SEAT_OBJECTS };
+
+/* How long a first "no" waits for the second. */
+static int64_t seat_doubt_ms(void)
+{
+    return cfg.member_ms < 4 * LIM_SEAT_RETRY_MS ? cfg.member_ms / 4
+        : LIM_SEAT_RETRY_MS;
+}
+
+/* From look to look: both answers come within the interval. */
+static int64_t seat_wait_ms(void)
+{
+    return cfg.member_ms - seat_doubt_ms();
+}
 
 static uint64_t seat_key(sl alias, sl identity)
 {
@@ -12098,7 +12120,7 @@ MUST_USE static bool seat_take(const struct seat_params *p, int64_t now)
         .user = (uint32_t)dest_hash(p->user),
         .server = (uint32_t)dest_hash(p->server),
         .room_len = (uint8_t)p->room.len, .user_len = (uint8_t)p->user.len,
-        .at = now + cfg.member_ms,
+        .at = now + seat_wait_ms(),
         .until = now + LIM_SEAT_KEPT_MS };
     size_t same = 0, near = 0, far = 0, at = seat_top;
     size_t near_text = seat_pieces(&new), far_text = near_text;
@@ -12189,6 +12211,14 @@ static void seat_done(struct seat_check *c, int64_t wait_ms, int64_t now)
     loop_wake(KIND_SEAT, SEAT_CLOCK);
 }
 
+/* A call to the SFU is over; a job may wait for its slot. */
+static void seat_close(struct seat_check *c, int64_t now)
+{
+    up_close(c->up, now);
+    c->up = NULL;
+    look_wake_next();
+}
+
 /* Ask the SFU. False: not now; it is tried again. */
 MUST_USE static bool seat_call(struct seat_check *c, enum seat_state state,
     int64_t now)
@@ -12227,8 +12257,7 @@ static void seat_looked(struct seat_check *c, int64_t now)
         &sid);
     if (p == UNKNOWN)
         lk_log(c->up, (sl){ NULL, 0 });
-    up_close(c->up, now);
-    c->up = NULL;
+    seat_close(c, now);
     if (p == PRESENT && h->until < now + LIM_SEAT_KEPT_MS)
         h->until = now + LIM_SEAT_KEPT_MS;
     if (p != ABSENT) {
@@ -12238,19 +12267,22 @@ static void seat_looked(struct seat_check *c, int64_t now)
         seat_free(c->seat);
         loop_wake(KIND_SEAT, SEAT_CLOCK);
     } else {
-        seat_done(c, cfg.member_ms, now);
+        seat_done(c, seat_wait_ms(), now);
     }
 }
 
 static void seat_asked(struct seat_check *c, int64_t now)
 {
+    struct seat_hot *h = &seat_hot[c->seat];
     enum inq_answer a = c->inq->answer;
     inq_close(c->inq, now);
     c->inq = NULL;
-    if (a != INQ_NO)
-        seat_done(c, cfg.member_ms, now);
-    else
+    bool again = a == INQ_NO && h->is_doubted;
+    h->is_doubted = a == INQ_NO || (a == INQ_UNKNOWN && h->is_doubted);
+    if (again)
         (void)!seat_call(c, S_REMOVE, now);
+    else
+        seat_done(c, a == INQ_NO ? seat_doubt_ms() : seat_wait_ms(), now);
 }
 
 static void seat_removed(struct seat_check *c, int64_t now)
@@ -12263,33 +12295,34 @@ static void seat_removed(struct seat_check *c, int64_t now)
             KV("room", ((sl){ seat_pool[c->seat].alias, HASH_NAME_LEN })));
     else if (!absent)
         lk_log(c->up, (sl){ NULL, 0 });
-    up_close(c->up, now);
-    c->up = NULL;
-    seat_done(c, gone || absent ? cfg.member_ms : LIM_SEAT_RETRY_MS, now);
+    seat_close(c, now);
+    seat_done(c, gone || absent ? seat_wait_ms()
+        : LIM_SEAT_RETRY_MS, now);
 }
 
-/* Start looking at what is due, as far as that is allowed at once. */
+/* Start looking at what is due, as far as that is allowed at once: who was
+ * not reached goes first the next time, when a look is over. */
 static void seat_run(int64_t now)
 {
+    static size_t turn;
     int64_t next = INT64_MAX;
-    for (size_t k = 0; k < LIM_SEAT_CALLS; k++) {
-        struct seat_check *c = &seat_check_pool[k];
-        size_t best = LIM_SEAT_CNT;
-        if (c->state != S_FREE)
+    size_t k = 0, first = turn;
+    for (size_t n = 0; n < seat_top; n++) {
+        size_t i = (first + n) % seat_top;
+        struct seat_hot *h = &seat_hot[i];
+        if (!h->is_used || h->is_busy)
             continue;
-        next = INT64_MAX;
-        for (size_t i = 0; i < seat_top; i++)
-            if (seat_hot[i].is_used && !seat_hot[i].is_busy
-                && seat_hot[i].at < next) {
-                next = seat_hot[i].at;
-                best = i;
-            }
-        if (next > now)
-            break;
-        c->seat = (uint16_t)best;
-        seat_hot[best].is_busy = true;
-        (void)!seat_call(c, S_LOOK, now);
-        next = now + 1;
+        while (h->at <= now && k < LIM_SEAT_CALLS
+               && seat_check_pool[k].state != S_FREE)
+            k++;
+        if (h->at <= now && k < LIM_SEAT_CALLS) {
+            seat_check_pool[k].seat = (uint16_t)i;
+            h->is_busy = true;
+            (void)!seat_call(&seat_check_pool[k], S_LOOK, now);
+            turn = i + 1;
+        }
+        if (h->at > now && h->at < next)
+            next = h->at;
     }
     loop_set(KIND_SEAT, SEAT_CLOCK, -1, 0, next);
 }
@@ -13331,7 +13364,7 @@ struct request {
 static struct exchange {
     enum exchange_state state;
     enum endpoint endpoint;
-    bool is_full, is_listed, is_known, has_retried;
+    bool is_full, is_listed, has_retried;
     bool is_asked;                   /* for the room: its rate is charged */
     bool is_member;                  /* so says the homeserver */
     bool has_relayed;                /* by the unstable path, in vain */
@@ -13354,7 +13387,7 @@ static struct exchange {
 /* The same, for scans: exchange_set keeps it. */
 static uint8_t exchange_states[LIM_SLOT_CNT];
 static struct { uint64_t dest, turn, room; int64_t since;
-    bool is_listed, is_known, is_proven; } exchange_hot[LIM_SLOT_CNT];
+    bool is_listed, is_proven; } exchange_hot[LIM_SLOT_CNT];
 static uint64_t exchange_turn;       /* of the last that waited and went on */
 static bool exchange_starved;        /* slots are short, not one server's */
 static size_t exchange_room_cnt;                 /* in X3 to X5 */
@@ -13577,23 +13610,25 @@ static void exchange_wake(enum exchange_state state)
 
 /* Of those that wait for a lookup's slot and may have it wake who has waited
  * longest; of one server, or with 0 of any. */
-static void exchange_wake_next(uint64_t dest)
+static void exchange_wake_next(uint64_t dest, int64_t now)
 {
     size_t best = LIM_SLOT_CNT;
     uint64_t judged = 0;                 /* many wait for the same server */
-    bool may = false;
+    bool may = false, known = false;
     if (dest == 0)
         exchange_starved = false;
     for (size_t i = 0; met.gauge[GA_WAITING] && i < LIM_SLOT_CNT
          && (may || !dest || judged != dest); i++) {
         uint64_t to = exchange_hot[i].dest;
         bool listed = exchange_hot[i].is_listed;
-        bool known = exchange_hot[i].is_known;
         if (exchange_states[i] != X_WAIT || (dest && to != dest)
             || (best < LIM_SLOT_CNT && !exchange_before(i, best)))
             continue;
-        may = to == judged ? may : lookup_has_slot(to, listed, known);
-        judged = to;
+        if (to != judged) {
+            known = !listed && dest_is_known(to, now);
+            may = lookup_has_slot(to, listed, known);
+            judged = to;
+        }
         best = may ? i : best;
         exchange_starved |= !may && !lookup_has_room(listed, known);
     }
@@ -13604,11 +13639,11 @@ static void exchange_wake_next(uint64_t dest)
 
 /* A lookup began or ended: who of its server may have the next slot, and
  * who of all? */
-static void exchange_wake_waiting(uint64_t dest)
+static void exchange_wake_waiting(uint64_t dest, int64_t now)
 {
-    exchange_wake_next(dest);
+    exchange_wake_next(dest, now);
     if (exchange_starved)
-        exchange_wake_next(0);
+        exchange_wake_next(0, now);
 }
 
 static void exchange_drop(struct exchange *x, int64_t now)
@@ -13616,7 +13651,7 @@ static void exchange_drop(struct exchange *x, int64_t now)
     if (x->lookup) {
         lookup_close(x->lookup, now);
         x->lookup = NULL;
-        exchange_wake_waiting(x->dest);
+        exchange_wake_waiting(x->dest, now);
     }
     if (x->up) {
         up_close(x->up, now);
@@ -13646,7 +13681,6 @@ static void exchange_set(struct exchange *x, enum exchange_state state)
     exchange_hot[i].room = be64(x->alias);
     exchange_hot[i].since = x->since;
     exchange_hot[i].is_listed = x->is_listed;
-    exchange_hot[i].is_known = x->is_known;
     exchange_hot[i].is_proven = x->is_full || x->is_member;
     x->state = state;
     exchange_watch(x);
@@ -14138,7 +14172,8 @@ static void exchange_step_lookup(struct exchange *x, int64_t now)
 /* Wait a second, or for a wake. */
 static void exchange_queue(struct exchange *x, int64_t now)
 {
-    exchange_starved |= !lookup_has_room(x->is_listed, x->is_known);
+    exchange_starved |= !lookup_has_room(x->is_listed,
+        dest_is_known(x->dest, now));
     x->end = now + 1000;
     exchange_set(x, X_WAIT);
 }
@@ -14149,13 +14184,13 @@ static void exchange_admit(struct exchange *x, int64_t now)
     struct conn *c = exchange_conn(x);
     if (now >= x->since + cfg.lookup_ms) {
         exchange_fail(x, EV_WAIT_TIMEOUT, RE_LIMITED, now);
-        exchange_wake_next(0);
+        exchange_wake_next(0, now);
         return;
     }
     size_t leader = exchange_find_lookup(x);
     if (leader < LIM_SLOT_CNT) {
         exchange_follow(x, leader);
-        exchange_wake_waiting(x->dest);
+        exchange_wake_waiting(x->dest, now);
         return;
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
@@ -14170,7 +14205,7 @@ static void exchange_admit(struct exchange *x, int64_t now)
     x->turn = 0;
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
-    exchange_wake_waiting(x->dest);      /* until nobody can be admitted */
+    exchange_wake_waiting(x->dest, now);      /* until nobody can be admitted */
 }
 
 /* ---- requests that the homeserver passes on (MSC4195 as of its homeserver
@@ -14512,7 +14547,7 @@ static enum step api_step(size_t idx, int revents, int64_t now)
         if (exchange_states[i] == X_API && exchange_pool[i].api == a)
             loop_wake(KIND_EXCHANGE, i);
     if (was_pending && !a->lookup)
-        exchange_wake_next(0);
+        exchange_wake_next(0, now);
     for (size_t i = 0; was_pending && !a->lookup && i < LIM_INQ_CNT; i++)
         if (inq_pool[i].state == I_WAIT)
             loop_wake(KIND_INQUIRY, i);
@@ -14609,7 +14644,6 @@ static void exchange_start(struct conn *c, enum endpoint endpoint,
     }
     x->dest = dest_hash(x->name.whole);
     x->is_listed = name_is_listed(x->name.whole);
-    x->is_known = dest_is_known(x->dest, now);
     if (name_denied(&x->name))
         exchange_fail(x, EV_SERVER_DENIED, RE_UNAUTHORIZED, now);
     else if (!is_one_word(x->r.access_token))

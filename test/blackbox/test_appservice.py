@@ -807,6 +807,25 @@ def test_members_are_checked_and_who_left_is_removed():
         assert (name, who[stays]) not in w.sfu.removed
 
 
+def test_who_left_is_asked_about_twice():
+    """A worker of the homeserver may lag behind a join: one "no" removes nobody; a "no" after a "no" does."""
+    no, yes, unknown = Reply(200, {"joined": False}), Reply(200, {"joined": True}), Reply(502, {})
+    with World(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS="1") as w:
+        user, room = w.user()
+        who, name = hashed(user, "member-1"), alias(room)
+        assert w.post(GET, user, body_of(room)).status == 200
+        w.sfu.presence[(name, who)] = lambda req: participant(who)
+        said = [no, yes, no, unknown, yes, no, yes, no, unknown, no]
+        told = []
+
+        def next_one(req):
+            told.append(said[len(told)] if len(told) < len(said) else no)
+            return told[-1]
+        w.home.odd = next_one
+        w.svc.wait_event("SEAT_REMOVED", user=user, timeout=60)
+        assert len(told) >= len(said) and w.sfu.removed == [(name, who)], told
+
+
 def test_a_removal_that_fails_is_tried_again_soon():
     with World(LIVEKIT_MEMBERSHIP_CHECK_INTERVAL_SECONDS="1") as w:
         user, room = w.user()
