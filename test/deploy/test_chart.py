@@ -1,6 +1,7 @@
 """The Helm chart: what it renders for every Kubernetes since 1.19, that the
 plain manifests are its, and what a cluster's owner relies on."""
 import base64
+import json
 import re
 import shutil
 
@@ -29,6 +30,10 @@ VARIANTS = {
     "one replica without Redis": [*BASE[:4], *KEYS, "--set", "replicas=1"],
     "external secret": [*BASE, "--set", "secret.external.enabled=true", "--set", "secret.external.store.name=vault",
                         "--set", "redis.password=true", "--set", "secret.external.redisPassword=rtc/redis"],
+    "application service": [*BASE, *KEYS, "--set", "applicationService.serverName=example.org",
+                            "--set", "applicationService.url=http://synapse.matrix.svc:8008",
+                            "--set", "applicationService.standalone=false", "--set-json",
+                            "secret.registration=" + json.dumps("id: rtc\nas_token: " + 64 * "a" + "\nhs_token: " + 64 * "b" + "\n")],
     "no network policy": [*BASE, *KEYS, "--set", "networkPolicy.enabled=false"],
 }
 
@@ -98,6 +103,11 @@ FAULTS = {
     "password promised": (["--set", "redis.password=true"], "redisPassword"),
     "store without name": (["--set", "secret.external.enabled=true"], "store"),
     "secret as a variable": (["--set", "env.LIVEKIT_SECRET=x"], "LIVEKIT_SECRET"),
+    "token as a variable": (["--set", "env.LIVEKIT_AS_TOKEN=x"], "LIVEKIT_AS_TOKEN"),
+    "registration promised": (["--set", "applicationService.serverName=example.org"], "secret.registration"),
+    "registration promised by a store": (["--set", "applicationService.serverName=example.org", "--set",
+                                          "secret.external.enabled=true", "--set", "secret.external.store.name=vault"],
+                                         "secret.external.registration"),
     "prefix with a slash": (["--set", "ingress.pathPrefix=/a/"], "pathPrefix"),
     "misspelt value": (["--set", "replica=2"], "replica"),
 }
@@ -243,6 +253,32 @@ def test_change_means_new_pods():
     assert pod("--set", "replicas=3") == same
     assert pod("--set", "env.LIVEKIT_LOG_LEVEL=debug") != same
     assert pod("--set", "secret.keys=other: secret") != same
+
+
+def test_application_service(tmp_path):
+    """Both tokens are in the file that the pod reads, and nowhere else; its homeserver may come in."""
+    argv = VARIANTS["application service"]
+    found = objects(*argv)
+    env, secret = dict(found["ConfigMap"]["data"]), found["Secret"]["stringData"]
+    assert set(secret) == {"keys", "registration"}
+    assert 64 * "a" not in json.dumps({k: v for k, v in found.items() if k != "Secret"})
+    who = found["NetworkPolicy"]["spec"]["ingress"][0]["from"]
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "matrix"}}} in who
+    # lkjwt reads that file, and is what the values say.
+    for name, entry in (("LIVEKIT_KEY_FILE", "keys"), ("LIVEKIT_AS_REGISTRATION_FILE", "registration")):
+        assert env[name] == f"/etc/lkjwt/secret/{entry}"
+        (tmp_path / entry).write_text(secret[entry].replace("secret", "a-secret-of-more-than-thirty-two-bytes"))
+        env[name] = str(tmp_path / entry)
+    done = run_cli(["--print-config"], env)
+    assert done.code == 0 and "warning" not in done.text.lower(), done
+    assert re.search(r"LKJWT_STANDALONE=off", done.text) and "synapse.matrix.svc:8008" in done.text, done
+    made = objects(*BASE, "--set", "applicationService.serverName=example.org", "--set", "secret.external.enabled=true",
+                   "--set", "secret.external.store.name=vault", "--set", "secret.external.registration=rtc/as")
+    assert made["ExternalSecret"]["spec"]["data"][-1] == {"secretKey": "registration", "remoteRef": {"key": "rtc/as"}}
+    assert "LKJWT_STANDALONE" not in made["ConfigMap"]["data"]
+    # Without the mode none of it is there.
+    least = objects(*VARIANTS["least"])
+    assert not [k for k in least["ConfigMap"]["data"] if "AS_" in k or "HS_" in k]
 
 
 def test_settings_are_ones_lkjwt_knows(most, tmp_path, pki):

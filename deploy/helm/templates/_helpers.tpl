@@ -35,6 +35,14 @@ labels:
 {{- if and $s.external.enabled (not $s.external.store.name) }}
 {{- fail "secret.external.store.name: which store?" }}
 {{- end }}
+{{- if .Values.applicationService.serverName }}
+{{- if and $s.keys (not $s.existing) (not $s.external.enabled) (not $s.registration) }}
+{{- fail "applicationService: secret.registration is empty" }}
+{{- end }}
+{{- if and $s.external.enabled (not $s.external.registration) }}
+{{- fail "applicationService: secret.external.registration is empty" }}
+{{- end }}
+{{- end }}
 {{- if .Values.redis.password }}
 {{- if and $s.keys (not $s.existing) (not $s.redisPassword) }}
 {{- fail "redis.password: secret.redisPassword is empty" }}
