@@ -6,7 +6,8 @@ Lanes, divided by `+`, run side by side, the suites of a lane one after the
 other; what follows a comma begins when all before it has ended. A lane that
 begins with `low` gives way to the others: compilers beside suites that wait.
 What a suite says is shown whole, in the order above, live as far as that
-allows; that one has ended, at once.
+allows, and stands in build/log/SUITE.log from the moment it is said; that one
+has ended is shown at once.
 
 Every suite runs, also after one has failed. A suite that stops without a
 count, counts nothing, skips, or exits with an error it did not count is a
@@ -15,6 +16,7 @@ failure of its own. The last line is `N passed, N failed`.
 
 import itertools
 import os
+import pathlib
 import queue
 import re
 import subprocess
@@ -27,6 +29,7 @@ PYTEST = re.compile(
     r"^(?:=+ )?((?:\d+ (?:passed|failed|errors?|skipped|deselected|xfailed"
     r"|xpassed|warnings?|rerun)(?:, )?)+) in [\d.]+s")
 LOW_PRIORITY = 10
+LOGS = pathlib.Path("build/log")
 
 
 def tally(line):
@@ -50,6 +53,8 @@ class Suite:
     def __init__(self, name, low):
         self.name, self.low = name, low
         self.said = queue.Queue()  # text; None when it has ended
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.log = (LOGS / f"{name}.log").open("w", buffering=1)
         self.passed = self.failed = 0
 
     def run(self):
@@ -57,12 +62,17 @@ class Suite:
             self.count()
         except Exception as error:
             self.failed += 1
-            self.said.put(f"==== {self.name}: {error!r}\n")
+            self.say(f"==== {self.name}: {error!r}\n")
         finally:
+            self.log.close()
             self.said.put(None)
 
+    def say(self, text):
+        self.log.write(text)
+        self.said.put(text)
+
     def count(self):
-        self.said.put(f"==== {self.name}\n")
+        self.say(f"==== {self.name}\n")
         began = time.monotonic()
         counts = 0
         process = subprocess.Popen(
@@ -73,10 +83,10 @@ class Suite:
         for line in process.stdout:
             found = tally(line.rstrip("\n"))
             if found is None:
-                self.said.put(line)
+                self.say(line)
                 continue
             # Only the sum may stand alone on a line as `N passed, N failed`.
-            self.said.put("  " + line)
+            self.say("  " + line)
             counts += 1
             self.passed += found[0]
             self.failed += found[1]
@@ -86,7 +96,7 @@ class Suite:
         end = (f"==== {self.name}: {self.passed} passed, {self.failed} failed, "
                f"exit status {status}, {time.monotonic() - began:.0f} s\n")
         print(end.replace("=", "-", 4), end="", flush=True)
-        self.said.put(end)
+        self.say(end)
 
 
 def divided(words, mark):
