@@ -231,6 +231,7 @@
 
 #define LKJWT_VERSION "0.1.0"
 #define MUST_USE __attribute__((warn_unused_result))
+#define ONCE __attribute__((cold))   /* at start, or by hand: small first */
 #define COUNT_OF(a) (sizeof(a) / sizeof(a)[0])
 
 _Static_assert(sizeof(size_t) >= 4, "32-bit sizes at least");
@@ -435,7 +436,7 @@ enum {
     LIM_ANCHOR_CNT = 1024,
     LIM_ANCHOR_LEN = 262144,   /* names and keys of one set */
     LIM_SIGCACHE_CNT = 512,    /* 4-way */
-    LIM_SESSION_CNT = 1024,    /* 4-way */
+    LIM_SESSION_CNT = 1024,
     LIM_SESSION_S  = 3600,
 
     /* DNS and discovery */
@@ -448,7 +449,7 @@ enum {
     LIM_POINTER_CNT  = 64,     /* compression jumps in one name */
     LIM_SERVER_CNT   = 3,      /* nameservers */
     LIM_SEARCH_CNT   = 6,
-    LIM_WK_CNT       = 1024,   /* well-known results, 4-way */
+    LIM_WK_CNT       = 1024,   /* well-known results */
     LIM_HOSTS_LEN    = 65536,  /* hosts file; the rest is ignored, logged */
 
     /* configuration */
@@ -5819,25 +5820,58 @@ static const br_x509_class hs_class = {
     hs_end_chain, hs_get_pkey
 };
 
-/* Resumable sessions, 4-way sets. */
+/* ---- tables by key: the keys in an array of their own, which costs less to
+ * scan than what a small set forgets while others have room; 0 is none ---- */
+
+/* Index of a key, or cnt. */
+static size_t key_find(const uint64_t *keys, size_t cnt, uint64_t key)
+{
+    size_t i = 0;
+    while (i < cnt && keys[i] != key)
+        i++;
+    return i;
+}
+
+/* The first of the four entries of which a newcomer's key may take one, when
+ * no entry is free. */
+static size_t key_set(uint64_t key, size_t cnt)
+{
+    return key % (cnt / 4) * 4;
+}
+
+/* Resumable sessions. */
+static uint64_t session_key[LIM_SESSION_CNT];
 static struct session {
     uint8_t key[16];
     int64_t until_wall, until_at;    /* both clocks: one may be set back */
     br_ssl_session_parameters params;
 } session_cache[LIM_SESSION_CNT];
 
+/* The session of a key, or where it would be kept: check its key. */
 static struct session *session_slot(const uint8_t key[16])
 {
-    size_t set = be16(key) % (LIM_SESSION_CNT / 4) * 4;
-    struct session *best = &session_cache[set];
-    for (size_t i = 0; i < 4; i++) {
-        struct session *s = &session_cache[set + i];
-        if (s->until_wall && memcmp(s->key, key, 16) == 0)
-            return s;
-        if (s->until_wall < best->until_wall)
-            best = s;
+    uint64_t k = be64(key);
+    size_t i = key_find(session_key, LIM_SESSION_CNT, k);
+    if (i == LIM_SESSION_CNT)
+        i = key_find(session_key, LIM_SESSION_CNT, 0);
+    if (i == LIM_SESSION_CNT) {
+        i = key_set(k, LIM_SESSION_CNT);
+        for (size_t n = i + 1, end = i + 4; n < end; n++)
+            if (session_cache[n].until_wall < session_cache[i].until_wall)
+                i = n;
     }
-    return best;
+    return &session_cache[i];
+}
+
+static void session_store(const uint8_t key[16],
+    const br_ssl_session_parameters *params, int64_t until_wall)
+{
+    struct session *s = session_slot(key);
+    session_key[s - session_cache] = be64(key);
+    memcpy(s->key, key, 16);
+    s->until_wall = until_wall;
+    s->until_at = io_now() + LIM_SESSION_S * 1000;
+    s->params = *params;
 }
 
 /* How a connection is secured. */
@@ -6113,15 +6147,13 @@ static void chan_tls_up(struct chan *ch)
     int64_t wall = io_wall_ms() / 1000, until = wall + LIM_SESSION_S;
     met.handshakes++;
     if (ch->hs->is_verified) {
-        struct session *s = session_slot(ch->key);
+        br_ssl_session_parameters params;
+        br_ssl_engine_get_session_parameters(&cc->eng, &params);
         if (!ch->hs->is_insecure && ch->hs->not_after < until)
             until = ch->hs->not_after;
-        memcpy(s->key, ch->key, 16);
-        s->until_wall = until;
-        s->until_at = io_now() + LIM_SESSION_S * 1000;
-        br_ssl_engine_get_session_parameters(&cc->eng, &s->params);
-        if (s->params.session_id_len == 0 || ch->anchor_gen != anchor_gen)
-            s->until_wall = 0;
+        if (params.session_id_len && ch->anchor_gen == anchor_gen)
+            session_store(ch->key, &params, until);
+        wipe(&params, sizeof params);
     } else {
         met.resumed++;
     }
@@ -7369,33 +7401,33 @@ static void note(const char *step, bool ok, sl server, sl text)
 
 /* Result of a well-known fetch; all zero is free. */
 enum wk_state { WK_FREE, WK_PENDING, WK_OK, WK_NONE };
+static uint64_t wk_key[LIM_WK_CNT];
 static struct wk {
-    uint8_t key[16], state, fails;
+    uint8_t state, fails;
     uint16_t len;
     int64_t until, good_until;       /* good_until: text may still serve */
     uint8_t text[LIM_NAME_LEN];
 } wk_cache[LIM_WK_CNT];
 
-/* The slot of a server name: its own, else the one to replace; NULL if all
- * four are being fetched. */
+/* The slot of a server name: its own, else a free one, else one to replace;
+ * NULL if the four that it may replace are being fetched. */
 static struct wk *wk_slot(sl name, int64_t now)
 {
-    uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, name };
-    hash_parts(part, 2, sum);
-    size_t set = be16(sum) % (LIM_WK_CNT / 4) * 4;
-    struct wk *best = NULL;
-    for (size_t i = set; i < set + 4; i++) {
-        struct wk *w = &wk_cache[i];
-        if (w->state != WK_FREE && memcmp(w->key, sum, 16) == 0)
-            return w;
+    uint64_t key = memo_key('w', name);
+    size_t i = key_find(wk_key, LIM_WK_CNT, key);
+    if (i < LIM_WK_CNT)
+        return &wk_cache[i];
+    i = key_find(wk_key, LIM_WK_CNT, 0);
+    struct wk *best = i < LIM_WK_CNT ? &wk_cache[i] : NULL;
+    for (size_t n = 0; i == LIM_WK_CNT && n < 4; n++) {
+        struct wk *w = &wk_cache[key_set(key, LIM_WK_CNT) + n];
         if (w->state != WK_PENDING && (!best || w->until < best->until))
             best = w;
     }
     if (best) {
         met.evicted += best->state != WK_FREE && best->until > now;
         memset(best, 0, sizeof *best);
-        memcpy(best->key, sum, 16);
+        wk_key[best - wk_cache] = key;
     }
     return best;
 }
@@ -15934,7 +15966,7 @@ static void cfg_warn_environment(void)
 }
 
 /* Read the variables that the table alone describes. */
-static void cfg_table(void)
+ONCE static void cfg_table(void)
 {
     for (size_t i = 0; i < COUNT_OF(env_tab); i++) {
         const struct env_row *r = &env_tab[i];
@@ -15954,7 +15986,7 @@ static void cfg_table(void)
 }
 
 /* Read the whole environment. True if it can be served with. */
-MUST_USE static bool cfg_load(void)
+MUST_USE ONCE static bool cfg_load(void)
 {
     cfg_words();                     /* log form and level first */
     cfg_table();
@@ -16083,7 +16115,7 @@ static sl ca_folders(void)
 
 /* Build a set from all sources (DESIGN 4.5), swap it in. A bad named file
  * keeps the old set. Returns false when there is no set to serve with. */
-static bool ca_load(void)
+ONCE static bool ca_load(void)
 {
     static struct ca_load load;
     struct ca_load *l = &load;
@@ -16870,6 +16902,7 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof chan_pool + sizeof chan_tls + sizeof chan_io + sizeof up_pool
     + sizeof up_in + sizeof lookup_pool + sizeof query_pool
     + sizeof dns_cache + sizeof wk_cache + sizeof session_cache
+    + sizeof session_key + sizeof wk_key
     + sizeof sig_cache + sizeof seen_cache + sizeof rate_cache
     + sizeof breaker_cache + sizeof known_cache + sizeof room_cache
     + sizeof hs_pool
@@ -17425,7 +17458,7 @@ static bool main_redis(const sigset_t *mask)
 
 /* Start-up: 1 environment and files, 2 descriptors, 3 signals, 4 listeners,
  * 5 the sandbox, 6 Redis and what it holds, then clients and the loop. */
-static int main_serve(int argc, char **argv)
+ONCE static int main_serve(int argc, char **argv)
 {
     sigset_t mask;
     (void)argc;
@@ -17867,7 +17900,7 @@ static bool check_lookup_over(void)
 
 /* Ask the homeserver about a token that cannot exist: 401 is the good
  * answer, it says that the openid listener is there. */
-static void check_homeserver(int64_t now)
+ONCE static void check_homeserver(int64_t now)
 {
     struct name n;
     uint8_t addr[64], text[400];
@@ -18022,7 +18055,7 @@ static void check_webhooks(void)
 
 /* Test the configuration, the SFU, Redis and, when named, a homeserver: one
  * line a step on stdout. */
-static int main_check(int argc, char **argv)
+ONCE static int main_check(int argc, char **argv)
 {
     char text[64];
     bool ok = main_begin();

@@ -378,6 +378,7 @@ static void net_reset(void)
     ZERO(query_pool);
     ZERO(dns_cache);
     ZERO(wk_cache);
+    ZERO(wk_key);
     ZERO(up_pool);
     ZERO(lookup_pool);
     ZERO(lookup_hot);

@@ -417,6 +417,12 @@ static void test_judge(void)
         taken);
 }
 
+static void number_put(uint8_t *to, uint64_t n)
+{
+    for (size_t i = 8; i-- > 0; n >>= 8)
+        to[i] = (uint8_t)n;
+}
+
 static void test_sessions(void)
 {
     uint8_t key[2][16], other[16];
@@ -438,18 +444,29 @@ static void test_sessions(void)
     }
     chan_key(SL("a.org"), 443, SL("a.org"), TLS_VERIFIED, key[1]);
     row("the same destination", memcmp(key[0], key[1], 16) == 0, "differs");
-    /* four places a set: the one that ends first goes */
+    /* as many as there is room for; then the one of four that ends first */
     memset(session_cache, 0, sizeof session_cache);
-    struct session *s[5];
-    for (int i = 0; i < 5; i++) {
-        uint8_t k[16] = { 0, 4, (uint8_t)i };
-        s[i] = session_slot(k);
-        memcpy(s[i]->key, k, 16);
-        s[i]->until_wall = 100 + (i == 2 ? 0 : i + 1);
+    memset(session_key, 0, sizeof session_key);
+    br_ssl_session_parameters params = { .session_id_len = 1 };
+    uint8_t k[16] = { 0 };
+    size_t held = 0;
+    for (unsigned n = 1; n <= LIM_SESSION_CNT + 1; n++) {
+        number_put(k, n);
+        session_store(k, &params, n == 7 ? 99 : 100 + n);
     }
-    row("a full set drops what ends first", s[4] == s[2] && s[0] != s[1]
-        && s[1] != s[3], "another");
-    uint8_t k[16] = { 0, 4, 3 };
-    row("a session is found again", session_slot(k) == s[3], "no");
+    for (unsigned n = 1; n <= LIM_SESSION_CNT + 1; n++) {
+        number_put(k, n);
+        held += memcmp(session_slot(k)->key, k, 16) == 0;
+    }
+    row("a full table drops one", held == LIM_SESSION_CNT, "%zu", held);
+    /* key 1,025 may take one of places 4 to 7, which keys 5 to 8 have */
+    number_put(k, LIM_SESSION_CNT + 1);
+    row("of four, what ends first", session_slot(k) == &session_cache[6],
+        "%td", session_slot(k) - session_cache);
+    number_put(k, 5);
+    number_put(k + 8, 1);
+    row("half a key is no key", session_slot(k)->until_wall == 105
+        && memcmp(session_slot(k)->key, k, 16) != 0, "the same");
+    memset(session_key, 0, sizeof session_key);
     memset(session_cache, 0, sizeof session_cache);
 }
