@@ -221,7 +221,7 @@ SUITES_ALL = low audit analyze crypto release image + \
 	realworld dash deploy load browser fresh
 
 .PHONY: test test-all audit unit blackbox realworld fresh image demo bench \
-	clean help
+	instructions clean help
 test test-all:
 	@{ test/setup.sh $(if $(filter test,$@),test,all) && \
 	    $(MAKE) --no-print-directory all build/host/libbearssl.a; } || \
@@ -363,6 +363,8 @@ fresh:
 	@test/fresh.sh
 
 # Figures, never a verdict: tables on stdout, JSON and plots in build/bench.
+# BENCH_LIMITS=1: as on a small box, in build/bench/small. `instructions`
+# counts them, for each architecture.
 bench:
 	@test/setup.sh bench
 	@$(MAKE) --no-print-directory all
@@ -370,6 +372,11 @@ bench:
 	@cd test/bench && go build -buildvcs=false -trimpath \
 	    -o $(CURDIR)/build/bench/bench .
 	@test/netns build/bench/bench
+
+instructions:
+	@test/setup.sh release
+	@$(MAKE) --no-print-directory all
+	@test/netns $(PYTHON) test/bench/$@.py
 
 demo:
 	@test/setup.sh demo
@@ -401,6 +408,7 @@ help:
 	@echo "make fuzz       searches FUZZ_S seconds a target; fuzz-replay:"
 	@echo "                the seeds once"
 	@echo "make bench      CPU, latency, memory beside nginx; BENCH_PEER=,"
-	@echo "                BENCH_S=, BENCH_RUNS=, BENCH_ONLY="
+	@echo "                BENCH_S=, BENCH_RUNS=, BENCH_ONLY=, BENCH_LIMITS=1"
+	@echo "make instructions   the same by count, for each architecture"
 	@echo "make warn       lkjwt.c by gcc, clang and the analyzer of gcc"
 	@echo "make clean      removes build/ and ./lkjwt; .deps/ stays"

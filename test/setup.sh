@@ -42,7 +42,7 @@ apt_test='libc6-dev:/usr/include/stdio.h binutils:readelf git:git clang:clang
     util-linux:setpriv'
 # What the benchmark is built with, and what stands beside the service.
 apt_bench='golang-go:go nginx-light:nginx gnuplot-nox:gnuplot
-    util-linux:unshare iproute2:ip'
+    util-linux:unshare iproute2:ip cpulimit:cpulimit'
 # Chromium needs a font to show a page as people see it.
 apt_browser='chromium:chromium redis-server:redis-server
     libc6-dev:/usr/include/stdio.h

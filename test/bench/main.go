@@ -6,6 +6,7 @@
 //	BENCH_S=seconds   length of a timed scenario (1)
 //	BENCH_RUNS=n      so many times; the tables show medians (1)
 //	BENCH_ONLY=regexp the scenarios whose name matches
+//	BENCH_LIMITS=1    the service has a tenth of a core and 64 MiB
 //
 // CPU time is that of the service's process alone, so the figures bear a
 // shared machine; latencies and rates do not. Run it under test/netns.
@@ -37,6 +38,7 @@ type bench struct {
 	sec                   float64
 	bins                  []string
 	who                   int // whose figures: 0 ours, 1 the peer's
+	limits                *limits
 	report
 
 	root, middle             *authority
@@ -197,6 +199,12 @@ func run() error {
 		return err
 	}
 	scratch = b.dir
+	if os.Getenv("BENCH_LIMITS") != "" {
+		if b.limits, err = newLimits(); err != nil {
+			return err
+		}
+		defer b.limits.close()
+	}
 	defer b.tearDown()
 	if err = b.setUp(); err != nil {
 		return err
@@ -219,18 +227,23 @@ func run() error {
 	}
 	b.took = time.Since(begin)
 	b.describe(b.bins)
+	folder := "build/bench"
+	if b.limits != nil {
+		folder = "build/bench/small"
+		b.machine["limits"] = b.limits.String()
+	}
 	b.print(os.Stdout, len(b.bins) > 1)
-	if err := os.MkdirAll("build/bench", 0o755); err != nil {
+	if err := os.MkdirAll(folder, 0o755); err != nil {
 		return err
 	}
 	text, err := json.MarshalIndent(b.report.data(), "", " ")
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile("build/bench/bench.json", append(text, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(folder, "bench.json"), append(text, '\n'), 0o644); err != nil {
 		return err
 	}
-	if err := b.plot("build/bench"); err != nil {
+	if err := b.plot(folder); err != nil {
 		return err
 	}
 	if b.failed() {

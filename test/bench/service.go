@@ -63,7 +63,7 @@ func (b *bench) startService(bin string, env map[string]string) (*service, error
 		return nil, err
 	}
 	defer out.Close()
-	s.cmd = exec.Command(bin)
+	s.cmd = b.limits.command(bin)
 	s.cmd.Stdout, s.cmd.Stderr = out, out
 	for k, v := range all {
 		s.cmd.Env = append(s.cmd.Env, k+"="+v)
