@@ -17799,10 +17799,11 @@ static bool check_led(struct lookup *l, struct bb *b)
     }
     check_put_url(b, &l->url);
     struct up *u = l->up;
-    if (l->state == L_FAILED || u->state == UP_FAILED) {
-        bb_str(b, u && u->state == UP_FAILED ? u->step : "");
-        bb_str(b, u && u->state == UP_FAILED ? ": " : "");
-        check_why(b, l->state == L_FAILED ? l->why : u->why, u);
+    bool failed = u && u->state == UP_FAILED;
+    if (!u || failed || l->state == L_FAILED) {
+        bb_str(b, failed ? u->step : "");
+        bb_str(b, failed ? ": " : "");
+        check_why(b, failed ? u->why : l->why, u);
         return false;
     }
     if (u->head.status != 200) {

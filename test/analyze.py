@@ -32,8 +32,6 @@ NOT_SO = {
         "the call is looked into only where has_addr or has_status say so",
     ("core.UndefinedBinaryOperatorResult", "io_port"):
         "getsockname() has filled it; the analyzer does not know the call",
-    ("core.NonNullParamChecker", "as_who"):
-        "user_check has refused a user without bytes",
     ("deadcode.DeadStores", "intake_take"):
         "one declaration of two places; the second is set anew below",
 }
