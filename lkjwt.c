@@ -400,6 +400,7 @@ enum {
     LIM_SLEEP_MS     = 2000,   /* not having run for so long is a sleep */
     LIM_STREAM_LEN   = 10000,  /* events kept in the stream, about */
     LIM_STREAM_CNT   = 64,     /* events asked for at once */
+    LIM_NOTICE_CNT   = 4,      /* notices kept while they are asked for */
     LIM_BLOCK_MS     = 2000,   /* XREAD waits */
     LIM_GONE_CNT     = 4096,   /* departures remembered */
     LIM_GONE_MS      = 120000,
@@ -10996,11 +10997,28 @@ static void notice_item(const struct rsp *e, const unsigned *path,
     load_take(e, path, depth, rep.mine, now);
 }
 
-static void notice_done(uint16_t shard, const struct rsp *e, int64_t now)
+/* Notices whose fields are being asked for, where there is room. Without an
+ * answer what they say is taken: it may be gone from Redis for good, and who
+ * had the delegation relies on us. */
+static struct notice {
+    bool is_used;
+    uint8_t shard;
+    uint16_t field_len, value_len;
+    uint8_t text[2 * LIM_RECORD_LEN];
+} notice_pool[LIM_NOTICE_CNT];
+
+/* idx: of notice_pool, or behind it the shard. */
+static void notice_done(uint16_t idx, const struct rsp *e, int64_t now)
 {
-    (void)now;
+    struct notice *n = idx < LIM_NOTICE_CNT ? &notice_pool[idx] : NULL;
+    uint64_t shard = rep.mine & 1ULL << (n ? n->shard : idx - LIM_NOTICE_CNT);
+    if (n && !e && shard)
+        (void)load_record((sl){ n->text, n->field_len },
+            (sl){ n->text + n->field_len, n->value_len }, false, now);
     if (!e || e->type != RSP_ARRAY)
-        rep.load |= rep.mine & 1ULL << shard;
+        rep.load |= shard;
+    if (n)
+        n->is_used = false;
 }
 
 static void load_done(uint16_t idx, const struct rsp *e, int64_t now)
@@ -11127,10 +11145,25 @@ static void stream_job(sl field, sl value, struct place at, int64_t now)
         return;
     bool can_ask = rds_is_up(RDS_MAIN)
         && rds_has_room(RDS_MAIN, field.len + 512, 1);
-    if (load_record(field, value, can_ask, now) && can_ask)
-        rds_send(RDS_MAIN, &notice_op, (uint16_t)shard, (sl[]){ SL("EVAL"),
-            SL("return {ARGV[1],redis.call('HGET',KEYS[1],ARGV[1])}"),
-            SL("1"), sl_str(store_key), field }, 5, now);
+    if (!load_record(field, value, can_ask, now) || !can_ask)
+        return;
+    uint16_t i = 0;
+    while (i < LIM_NOTICE_CNT && notice_pool[i].is_used)
+        i++;
+    if (i < LIM_NOTICE_CNT) {
+        struct notice *n = &notice_pool[i];
+        n->is_used = true;
+        n->shard = (uint8_t)shard;
+        n->field_len = (uint16_t)field.len;
+        n->value_len = (uint16_t)value.len;
+        memcpy(n->text, field.p, field.len);
+        memcpy(n->text + field.len, value.p, value.len);
+    } else {
+        i = (uint16_t)(i + shard);
+    }
+    rds_send(RDS_MAIN, &notice_op, i, (sl[]){ SL("EVAL"),
+        SL("return {ARGV[1],redis.call('HGET',KEYS[1],ARGV[1])}"),
+        SL("1"), sl_str(store_key), field }, 5, now);
 }
 
 /* The entry of the stream that is being read: its first value. */
@@ -16908,7 +16941,7 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
-    + sizeof inq_pool + sizeof member_cache + sizeof seat_pool
+    + sizeof notice_pool + sizeof inq_pool + sizeof member_cache + sizeof seat_pool
     + sizeof seat_hot + sizeof seat_text + sizeof gone_ring
     + sizeof store_ring + sizeof watch_tab + sizeof fd_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,

@@ -1118,6 +1118,7 @@ static void store_reset(const char *url)
     ZERO(rds_pool);
     ZERO(store_in_ring);
     ZERO(store_is_done);
+    ZERO(notice_pool);
     store_head = store_cnt = 0;
     store_pause_at = 0;
     stream_cnt = 0;
@@ -2023,6 +2024,23 @@ static void redis_share_rows(void)
             "restarts, %u records %s", before, lv.sends, lv.restarts,
             rd.rec_cnt, log_buf);
         store_done("a notice");
+    }
+    /* Redis forgot the delegation before it could say what stands there */
+    for (int lost = 0; lost < 2; lost++) {
+        store_pair((int)mine, -1);
+        rd.instead[0] = lost ? "NOTICE close" : NULL;
+        rd.once = true;
+        store_xadd((const char *const[]){ "job", store_field(), "record",
+            store_value("D", 100000, 0, "") }, NULL);
+        net_run(net_never, 3000);
+        bool used = false;
+        for (size_t i = 0; i < LIM_NOTICE_CNT; i++)
+            used |= notice_pool[i].is_used;
+        row(lost ? "a notice nobody can confirm" : "a notice of what is over",
+            strcmp(leave_state(), lost ? "waiting" : "no job") == 0 && !used
+            && log_has("event=REDIS_DOWN ") == lost, "%s, %s",
+            leave_state(), log_buf);
+        store_done("a notice without its record");
     }
     /* what is stored of another's shard is its own business */
     for (int ours = 0; ours < 2; ours++) {
