@@ -216,8 +216,8 @@ PYTEST = test/netns $(PYTHON) -m pytest -q -p no:cacheprovider --timeout=300
 # As test/count.py reads it: what computes gives way to what waits. Suites
 # that build the same thing stand in one lane.
 SUITES = low audit + low unit fuzz-replay + blackbox + realworld
-SUITES_ALL = low audit analyze crypto release image + \
-	low unit fuzz-replay faults fuzz fuzz-afl + blackbox attack soak + \
+SUITES_ALL = low audit analyze + low unit fuzz-replay faults fuzz fuzz-afl + \
+	blackbox attack soak crypto release image + \
 	realworld dash deploy load browser fresh
 
 .PHONY: test test-all audit unit blackbox realworld fresh image demo bench \
