@@ -388,7 +388,10 @@ def restarts_go_on(world, T, count):
     joined = len([at for _, _, at in job.looked() if at < job.hooked])
     job.wait_looked(joined + count - 1)
     job.never_sent().left().sent()
-    assert not any(c.action == "restart" for c in job.calls()[job.calls().index(job.calls("send")[0]):])
+    # One that was out when its user left may be seen by another thread of ours after it.
+    send, *_ = job.calls("send")
+    late = [c.at - send.at for c in job.calls("restart") if c.at > send.at]
+    assert len(late) <= 1 and max(late, default=0) < 0.5, late
 
 
 @scene

@@ -1217,7 +1217,7 @@ def outage_of_dozens():
         together(*[j.left for j in old], *[j.delegate for j in new])
         for job in old:
             job.sent()
-        assert w.metric("redis_unsaved") >= 80
+        wait_for("all of them to be unsaved", lambda: w.metric("redis_unsaved") >= 80)
         w.store.start()
         w.wait_metric("redis_unsaved", 0)
         assert w.store.jobs().keys() == {field(j.alias, j.identity) for j in new}
