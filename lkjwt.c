@@ -1064,12 +1064,21 @@ static void sha256(sl s, uint8_t out[32])
     br_sha256_out(&c, out);
 }
 
-/* SHA-256 over parts, each preceded by its 4-byte length, so that no two
- * different lists give the same bytes. */
-static void hash_parts(const sl *parts, size_t cnt, uint8_t out[32])
+/* What hash_keyed begins with: a block of secret bytes, of this process. */
+static br_sha256_context hash_key;
+
+static void hash_set_key(const uint8_t secret[64])
 {
-    br_sha256_context c;
-    br_sha256_init(&c);
+    br_sha256_init(&hash_key);
+    br_sha256_update(&hash_key, secret, 64);
+}
+
+/* SHA-256 over parts, each preceded by its 4-byte length, so that no two
+ * different lists give the same bytes, and nobody who sends them can tell
+ * what it will be: for keys of tables. */
+static void hash_keyed(const sl *parts, size_t cnt, uint8_t out[32])
+{
+    br_sha256_context c = hash_key;
     for (size_t i = 0; i < cnt; i++) {
         uint32_t n = (uint32_t)parts[i].len;
         uint8_t len[4] = { (uint8_t)(n >> 24), (uint8_t)(n >> 16),
@@ -5244,7 +5253,7 @@ static enum res res_exact(sl name, uint16_t type, bool stale_ok, int64_t now,
         lower[i] = ascii_lower(name.p[i]);
     sl part[2] = { { lower, name.len },
         { (uint8_t[1]){ (uint8_t)type }, 1 } };
-    hash_parts(part, 2, sum);
+    hash_keyed(part, COUNT_OF(part), sum);
     struct dns_entry *e = res_slot(sum, now);
     *out = e;
     if (e && e->state == ENTRY_PENDING)
@@ -5468,7 +5477,6 @@ static struct hs *hs_now;
 /* Verified signatures: 4-way sets keyed by a keyed digest. */
 static struct { uint8_t key[32], hash[64]; } sig_cache[LIM_SIGCACHE_CNT];
 static unsigned sig_clock;
-static uint8_t sec_boot[32];         /* keys the caches of this process */
 
 /* The cached hash of a digest, or NULL. */
 static const uint8_t *sig_find(const uint8_t key[32])
@@ -5547,9 +5555,9 @@ static uint32_t tls_ecdsa_vrfy(const br_ec_impl *impl, const void *given,
         return 0;
     memcpy(hash, given, hash_len);
     hs_swap(hs_now, true, hash, hash_len);
-    sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->q, pk->qlen },
+    sl part[] = { { head, 3 }, { pk->q, pk->qlen },
         { sig, sig_len }, { hash, hash_len } };
-    hash_parts(part, COUNT_OF(part), key);
+    hash_keyed(part, COUNT_OF(part), key);
     if (sig_find(key))
         return 1;
     if (++hs_now->sig_cnt > LIM_SIG_CNT || !br_ecdsa_vrfy_asn1_get_default()(
@@ -5565,9 +5573,9 @@ static uint32_t tls_rsa_vrfy(const unsigned char *x, size_t xlen,
     unsigned char *hash_out)
 {
     uint8_t key[32], head[3] = { 2, 0, (uint8_t)hash_len };
-    sl part[] = { { sec_boot, 32 }, { head, 3 }, { pk->n, pk->nlen },
+    sl part[] = { { head, 3 }, { pk->n, pk->nlen },
         { pk->e, pk->elen }, { x, xlen }, { oid, oid[0] + 1U } };
-    hash_parts(part, COUNT_OF(part), key);
+    hash_keyed(part, COUNT_OF(part), key);
     const uint8_t *hit = sig_find(key);
     if (hit) {
         memcpy(hash_out, hit, hash_len);
@@ -5928,8 +5936,8 @@ static void chan_key(sl host, uint16_t port, sl cert_name,
 {
     uint8_t sum[32];
     uint8_t tail[3] = { (uint8_t)(port >> 8), (uint8_t)port, (uint8_t)tls };
-    sl part[] = { { sec_boot, 32 }, host, cert_name, { tail, 3 } };
-    hash_parts(part, COUNT_OF(part), sum);
+    sl part[] = { host, cert_name, { tail, 3 } };
+    hash_keyed(part, COUNT_OF(part), sum);
     memcpy(out, sum, 16);
 }
 
@@ -6079,19 +6087,27 @@ static struct hs *hs_take(enum class class, const uint8_t key[16])
 /* The profile of SECURITY section 5. */
 static void tls_profile(br_ssl_client_context *cc, bool is_http)
 {
-    static const uint16_t suite[] = {
-        BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-        BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-        BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-        BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-        BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-        BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-    };
+    /* what this processor is better at comes first; servers often agree */
+    static const uint16_t order[2][6] = {
+        { BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+          BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+          BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+          BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+          BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+          BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 },
+        { BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+          BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+          BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+          BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+          BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+          BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256 } };
+    const uint16_t *suite = order[br_aes_x86ni_ctr_get_vtable()
+        && br_ghash_pclmul_get()];
     static const char *alpn[] = { "http/1.1" };
     br_ssl_engine_context *eng = &cc->eng;
     br_ssl_client_zero(cc);
     br_ssl_engine_set_versions(eng, BR_TLS12, BR_TLS12);
-    br_ssl_engine_set_suites(eng, suite, COUNT_OF(suite));
+    br_ssl_engine_set_suites(eng, suite, COUNT_OF(order[0]));
     br_ssl_engine_set_default_rsavrfy(eng);
     br_ssl_engine_set_default_ecdsa(eng);
     br_ssl_engine_set_ec(eng, tls_ec());
@@ -6343,8 +6359,8 @@ static struct memo known_cache[LIM_KNOWN_CNT], room_cache[LIM_ROOM_CNT];
 static uint64_t memo_key(char kind, sl name)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 16 }, { (const uint8_t *)&kind, 1 }, name };
-    hash_parts(part, 3, sum);
+    sl part[] = { { (const uint8_t *)&kind, 1 }, name };
+    hash_keyed(part, COUNT_OF(part), sum);
     return be64(sum);
 }
 
@@ -8168,9 +8184,10 @@ static void lookup_count(const struct lookup *l, int64_t n)
     lookup_unknown += l->is_listed || l->is_known ? 0 : n;
 }
 
-/* A lookup of a checked name, not started yet. NULL: none free. */
+/* A lookup of a checked name, not started yet. dest: dest_hash of it. NULL:
+ * none free. */
 static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
-    const struct name *name, int64_t since, int64_t now)
+    const struct name *name, uint64_t dest, int64_t since, int64_t now)
 {
     size_t i = 0;
     while (i < LIM_UP_CNT && lookup_hot[i].is_used)
@@ -8183,7 +8200,7 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
     l->owner = owner;
     l->owner_idx = owner_idx;
     lookup_keep_name(l->text, &l->name, name->whole);
-    l->dest = dest_hash(l->name.whole);
+    l->dest = dest;
     l->is_listed = name_is_listed(l->name.whole);
     l->is_known = dest_is_known(l->dest, now);
     lookup_count(l, 1);
@@ -8199,9 +8216,10 @@ static struct lookup *lookup_take(enum kind owner, uint16_t owner_idx,
  * and req must live until lookup_close. since: when the client asked, whose
  * patience counts. Returns NULL: none free. */
 static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
-    const struct name *name, sl token, sl req, int64_t since, int64_t now)
+    const struct name *name, uint64_t dest, sl token, sl req, int64_t since,
+    int64_t now)
 {
-    struct lookup *l = lookup_take(owner, owner_idx, name, since, now);
+    struct lookup *l = lookup_take(owner, owner_idx, name, dest, since, now);
     if (!l)
         return NULL;
     l->token = token;
@@ -8231,7 +8249,8 @@ static struct lookup *lookup_open(enum kind owner, uint16_t owner_idx,
 static struct lookup *lookup_open_client(uint16_t api,
     const struct name *name, int64_t now)
 {
-    struct lookup *l = lookup_take(KIND_API, api, name, now, now);
+    struct lookup *l = lookup_take(KIND_API, api, name,
+        dest_hash(name->whole), now, now);
     if (!l)
         return NULL;
     l->is_client = true;
@@ -9277,8 +9296,8 @@ static struct job_hot *job_hot_of(const struct job *j)
 static uint16_t *job_chain(sl alias)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, alias };
-    hash_parts(part, 2, sum);
+    sl part[] = { alias };
+    hash_keyed(part, COUNT_OF(part), sum);
     return &job_room[be16(sum) % LIM_ROOM_HASH];
 }
 
@@ -10179,8 +10198,8 @@ static size_t gone_cnt;              /* ever */
 static uint64_t gone_hash(sl room, sl identity)
 {
     uint8_t sum[32];
-    sl part[] = { { sec_boot, 32 }, room, identity };
-    hash_parts(part, 3, sum);
+    sl part[] = { room, identity };
+    hash_keyed(part, COUNT_OF(part), sum);
     return be64(sum) | 1;
 }
 
@@ -11770,8 +11789,8 @@ static bool inq_is_member(enum inq_kind kind)
 static uint64_t member_key(enum inq_kind kind, sl room, sl who)
 {
     uint8_t sum[32], k = kind == INQ_USER ? 'U' : 'S';
-    sl part[] = { { sec_boot, 32 }, { &k, 1 }, room, who };
-    hash_parts(part, 4, sum);
+    sl part[] = { { &k, 1 }, room, who };
+    hash_keyed(part, COUNT_OF(part), sum);
     return be64(sum);
 }
 
@@ -14260,7 +14279,7 @@ static void exchange_admit(struct exchange *x, int64_t now)
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
         x->lookup = lookup_open(KIND_EXCHANGE,
-            (uint16_t)(x - exchange_pool), &x->name, x->r.access_token,
+            (uint16_t)(x - exchange_pool), &x->name, x->dest, x->r.access_token,
             request_id(c), x->since, now);
     if (!x->lookup) {
         exchange_queue(x, now);
@@ -17433,7 +17452,10 @@ static bool main_begin(void)
 {
     for (size_t i = 0; i < LIM_LISTEN_CNT; i++)
         listener_pool[i].fd = -1;
-    io_random(sec_boot, sizeof sec_boot);
+    uint8_t secret[64];
+    io_random(secret, sizeof secret);
+    hash_set_key(secret);
+    wipe(secret, sizeof secret);
     met.start_ms = io_wall_ms();
     bool ok = cfg_load();
     ok = ca_load() && ok && !cfg_fault_cnt;
@@ -17895,7 +17917,8 @@ static void check_focus(const struct name *n, int64_t now)
 {
     uint8_t text[800];
     struct bb b = BB(text);
-    struct lookup *l = lookup_take(KIND_SIGNAL, 0, n, now, now);
+    struct lookup *l = lookup_take(KIND_SIGNAL, 0, n, dest_hash(n->whole),
+        now, now);
     if (!l)
         return;
     l->is_client = true;
@@ -17951,7 +17974,8 @@ ONCE static void check_homeserver(int64_t now)
         : full ? SL("full access: may create rooms")
                : SL("restricted: may join rooms that exist"));
     check_failed |= denied;
-    check_lookup = lookup_open(KIND_SIGNAL, 0, &n, SL("lkjwt-check"),
+    check_lookup = lookup_open(KIND_SIGNAL, 0, &n,
+        dest_hash(n.whole), SL("lkjwt-check"),
         (sl){ NULL, 0 }, now, now);
     if (!check_lookup)
         return;
