@@ -65,7 +65,7 @@ func exchange(name func(i int) string) func(int, []byte) ([]byte, int) {
 	return func(i int, b []byte) ([]byte, int) {
 		n := name(i)
 		return post(b, "/get_token", "Origin: https://call.example\r\n", member(fmt.Sprintf("!r%d:bench.example", base+int64(i)),
-			fmt.Sprintf("u%d", i%1000), n, "")), 0
+			fmt.Sprintf("u%d", i%4000), n, "")), 0
 	}
 }
 

@@ -50,7 +50,7 @@ func (b *bench) startService(bin string, env map[string]string) (*service, error
 		"SSL_CERT_FILE":                   b.caFile, "SSL_CERT_DIR": b.emptyDir,
 		"LKJWT_METRICS_BIND": s.metrics, "LKJWT_ALLOW_NETWORKS": "127.0.0.0/8", "LKJWT_UID": "0",
 	}
-	// A thousand names stand for all users: their rates are kept, and high.
+	// Some thousand names stand for all users: their rates are kept, and high.
 	for _, name := range []string{"USER", "SERVER", "ROOMS_USER", "ROOMS_SERVER"} {
 		all["LKJWT_RATE_"+name] = "1000000:10000"
 	}
