@@ -6168,7 +6168,9 @@ static void chan_tls_up(struct chan *ch)
         br_ssl_engine_get_session_parameters(&cc->eng, &params);
         if (!ch->hs->is_insecure && ch->hs->not_after < until)
             until = ch->hs->not_after;
-        if (params.session_id_len && ch->anchor_gen == anchor_gen)
+        if (params.session_id_len == 0 || ch->anchor_gen != anchor_gen)
+            until = 0;
+        if (until || session_is_fresh(ch->key))
             session_store(ch->key, &params, until);
         wipe(&params, sizeof params);
     } else {
@@ -12380,8 +12382,7 @@ static void seat_removed(struct seat_check *c, int64_t now)
     else if (!absent)
         lk_log(c->up, (sl){ NULL, 0 });
     seat_close(c, now);
-    seat_done(c, gone || absent ? seat_wait_ms()
-        : LIM_SEAT_RETRY_MS, now);
+    seat_done(c, gone || absent ? seat_wait_ms() : LIM_SEAT_RETRY_MS, now);
 }
 
 /* Start looking at what is due, as far as that is allowed at once: who was
@@ -14279,8 +14280,8 @@ static void exchange_admit(struct exchange *x, int64_t now)
     }
     if (lookup_may_open(x->dest, x->is_listed, now))
         x->lookup = lookup_open(KIND_EXCHANGE,
-            (uint16_t)(x - exchange_pool), &x->name, x->dest, x->r.access_token,
-            request_id(c), x->since, now);
+            (uint16_t)(x - exchange_pool), &x->name, x->dest,
+            x->r.access_token, request_id(c), x->since, now);
     if (!x->lookup) {
         exchange_queue(x, now);
         return;
@@ -14289,7 +14290,7 @@ static void exchange_admit(struct exchange *x, int64_t now)
     x->turn = 0;
     x->end = INT64_MAX;
     exchange_set(x, X_LOOKUP);
-    exchange_wake_waiting(x->dest, now);      /* until nobody can be admitted */
+    exchange_wake_waiting(x->dest, now); /* until nobody can be admitted */
 }
 
 /* ---- requests that the homeserver passes on (MSC4195 as of its homeserver
@@ -16960,8 +16961,8 @@ _Static_assert(sizeof conn_pool + sizeof conn_in + sizeof conn_out
     + sizeof hs_pool
     + sizeof anchor_set + sizeof api_pool + sizeof job_pool
     + sizeof job_hot + sizeof rds_pool + sizeof rds_in + sizeof rds_out_main
-    + sizeof notice_pool + sizeof inq_pool + sizeof member_cache + sizeof seat_pool
-    + sizeof seat_hot + sizeof seat_text + sizeof gone_ring
+    + sizeof notice_pool + sizeof inq_pool + sizeof member_cache
+    + sizeof seat_pool + sizeof seat_hot + sizeof seat_text + sizeof gone_ring
     + sizeof store_ring + sizeof watch_tab + sizeof fd_tab
     + sizeof file_buf + sizeof cfg_text <= LIM_MEM_LEN,
     "pools exceed the promise");
@@ -17974,9 +17975,8 @@ ONCE static void check_homeserver(int64_t now)
         : full ? SL("full access: may create rooms")
                : SL("restricted: may join rooms that exist"));
     check_failed |= denied;
-    check_lookup = lookup_open(KIND_SIGNAL, 0, &n,
-        dest_hash(n.whole), SL("lkjwt-check"),
-        (sl){ NULL, 0 }, now, now);
+    check_lookup = lookup_open(KIND_SIGNAL, 0, &n, dest_hash(n.whole),
+        SL("lkjwt-check"), (sl){ NULL, 0 }, now, now);
     if (!check_lookup)
         return;
     check_run(check_lookup_over);
