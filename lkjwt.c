@@ -1064,31 +1064,6 @@ static void sha256(sl s, uint8_t out[32])
     br_sha256_out(&c, out);
 }
 
-/* What hash_keyed begins with: a block of secret bytes, of this process. */
-static br_sha256_context hash_key;
-
-static void hash_set_key(const uint8_t secret[64])
-{
-    br_sha256_init(&hash_key);
-    br_sha256_update(&hash_key, secret, 64);
-}
-
-/* SHA-256 over parts, each preceded by its 4-byte length, so that no two
- * different lists give the same bytes, and nobody who sends them can tell
- * what it will be: for keys of tables. */
-static void hash_keyed(const sl *parts, size_t cnt, uint8_t out[32])
-{
-    br_sha256_context c = hash_key;
-    for (size_t i = 0; i < cnt; i++) {
-        uint32_t n = (uint32_t)parts[i].len;
-        uint8_t len[4] = { (uint8_t)(n >> 24), (uint8_t)(n >> 16),
-                           (uint8_t)(n >> 8), (uint8_t)n };
-        br_sha256_update(&c, len, 4);
-        br_sha256_update(&c, parts[i].p, parts[i].len);
-    }
-    br_sha256_out(&c, out);
-}
-
 /* Equality of n bytes in time that tells nothing of where they differ. */
 static bool ct_eq(const uint8_t *a, const uint8_t *b, size_t n)
 {
@@ -4833,6 +4808,31 @@ static void io_close(int *fd);
 static void io_log(sl line);
 static sl io_hosts(void);                        /* text of the file */
 static const struct resolv *io_resolv(void);
+
+/* What hash_keyed begins with: a block of secret bytes, of this process. */
+static br_sha256_context hash_key;
+
+static void hash_set_key(const uint8_t secret[64])
+{
+    br_sha256_init(&hash_key);
+    br_sha256_update(&hash_key, secret, 64);
+}
+
+/* SHA-256 over parts, each preceded by its 4-byte length, so that no two
+ * different lists give the same bytes, and nobody who sends them can tell
+ * what it will be: for keys of tables. */
+static void hash_keyed(const sl *parts, size_t cnt, uint8_t out[32])
+{
+    br_sha256_context c = hash_key;
+    for (size_t i = 0; i < cnt; i++) {
+        uint32_t n = (uint32_t)parts[i].len;
+        uint8_t len[4] = { (uint8_t)(n >> 24), (uint8_t)(n >> 16),
+                           (uint8_t)(n >> 8), (uint8_t)n };
+        br_sha256_update(&c, len, 4);
+        br_sha256_update(&c, parts[i].p, parts[i].len);
+    }
+    br_sha256_out(&c, out);
+}
 
 /* The loop's table of what is watched: set after each step of an object.
  * fd -1 watches the deadline alone; INT64_MAX is no deadline. */

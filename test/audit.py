@@ -195,7 +195,6 @@ def functions(src):
 PLAIN_COMPARISON = {
     "main": "the name of a command",
     "hs_swap": "hashes of certificates that the peer itself has sent",
-    "wk_slot": "a place in a cache, by the keyed hash of a name",
 }
 SECRET = re.compile(r"\b(mac|want|sum|digest|hash|sec_\w+"
                     r"|\w*(?:secret|password)\w*)\b")

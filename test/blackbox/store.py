@@ -130,8 +130,8 @@ class RedisServer:
                 shutil.rmtree(path)
             elif name.endswith((".rdb", ".aof")):
                 os.unlink(path)
+        assert not [n for n in os.listdir(self.dir) if n.endswith((".rdb", ".aof", "dir"))]
         self.start()
-        assert self.db.dbsize() == 0
 
     def pause(self):
         self.signal(signal.SIGSTOP)

@@ -705,7 +705,7 @@ def as_the_older_service_reads_them():
                 time.sleep(0.01)
         watcher = threading.Thread(target=watch)
         watcher.start()
-        jobs = [w.job(path=path, T=1500).connected() for path in PATHS]
+        jobs = [w.job(path=path, T=3000).connected() for path in PATHS]
         for job in jobs:
             job.joined(sid="PA_2")
             job.restarted(3)
