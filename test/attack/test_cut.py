@@ -257,7 +257,7 @@ def test_dns(make, more):
                        for n in (0, 10, 100))
     with make() as dns, Homeserver(
             (HOST, 0), tls=pki().leaf(["*.cut.test"]), sub=by_token) as hs, \
-            lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="1",
+            lkjwt(dns, LKJWT_LOOKUP_TIMEOUT_S="3",
                   LKJWT_METRICS_BIND=bind()) as svc, unharmed(svc):
         def ask(n):
             e = Exchange(svc, f"n{n}.cut.test:{hs.port}")

@@ -204,7 +204,7 @@ def stay(site):
 
 def lose_webhook(site):
     """Nobody tells that the user left: two look-ups before restarts do."""
-    leave = new_leave(site.user(), timeout=10_000)
+    leave = new_leave(site.user(), timeout=20_000)
     _, there = enter(site, "get_token", leave)
     try:
         eventually("the restart that follows the join", leave.restarted)
