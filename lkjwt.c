@@ -7564,21 +7564,20 @@ static void lookup_fail(struct lookup *l, enum event why, const char *step)
             up_was_held(why) ? INT64_MIN : 0, true, io_now());
     if (why != EV_BREAKER_OPEN)
         lookup_report(l, why);
-    bool has_addr = l->up && l->up->has_addr;
-    bool has_status = l->up && l->up->state == UP_DONE;
+    const struct up *u = l->up;
+    bool has_addr = u && u->has_addr;
+    bool has_status = u && u->state == UP_DONE;
     l->state = L_FAILED;
     l->why = why;
     l->step = step;
     LOG(why, KV("req", l->req), KV("server", l->name.whole),
         KV("step", sl_str(step)),
-        KV("host", l->up ? l->up->call.host : (sl){ NULL, 0 }),
-        KV("addr", has_addr ? text_addr(addr, &l->up->addr)
-                            : (sl){ NULL, 0 }),
+        KV("host", u ? u->call.host : (sl){ NULL, 0 }),
+        KV("addr", has_addr ? text_addr(addr, &u->addr) : (sl){ NULL, 0 }),
         KV(has_status ? "status" : "detail",
-           has_status ? text_u64(num, l->up->head.status)
-           : l->up && l->up->detail ? text_u64(num,
-                                               (uint64_t)l->up->detail)
-                                    : (sl){ NULL, 0 }));
+           has_status ? text_u64(num, u->head.status)
+           : u && u->detail ? text_u64(num, (uint64_t)u->detail)
+                            : (sl){ NULL, 0 }));
     loop_set(KIND_LOOKUP, lookup_idx(l), -1, 0, INT64_MAX);
     loop_wake(l->owner, l->owner_idx);
 }
