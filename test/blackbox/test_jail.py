@@ -100,6 +100,7 @@ def check_layers(svc, *missing):
     assert words("layers") == [x for x in LAYERS if x not in missing], line
     metrics = svc.metrics()
     assert {x: metrics[f'lkjwt_jail{{layer="{x}"}}'] for x in LAYERS} == {x: x not in missing for x in LAYERS}
+    svc.wait_event("START")
     events = [e["event"] for e in svc.log()]
     assert events.index("JAIL") < events.index("START") and "JAIL_BAD" not in events
 
