@@ -6369,7 +6369,7 @@ static uint64_t memo_key(char kind, sl name)
 /* The entry of a key, or NULL. */
 static struct memo *memo_find(struct memo *tab, size_t cnt, uint64_t key)
 {
-    struct memo *set = &tab[key % (cnt / 4) * 4];
+    struct memo *set = &tab[key_set(key, cnt)];
     for (size_t i = 0; i < 4; i++)
         if (set[i].key == key)
             return &set[i];
@@ -6382,7 +6382,7 @@ static struct memo *memo_make(struct memo *tab, size_t cnt, uint64_t key,
     int64_t until)
 {
     struct memo *m = memo_find(tab, cnt, key);
-    struct memo *set = &tab[key % (cnt / 4) * 4], *oldest = set;
+    struct memo *set = &tab[key_set(key, cnt)], *oldest = set;
     if (m)
         return m;
     for (size_t i = 1; i < 4; i++)

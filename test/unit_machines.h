@@ -1105,9 +1105,7 @@ static struct lookup *look_begin(const char *server)
     if (!name_parse(sl_str(server), &n))
         abort();
     look_test = lookup_open(KIND_EXCHANGE, 0, &n,
-        dest_hash(n.whole), SL("t+/=k"), SL("rq"),
-        world_ms,
-        world_ms);
+        dest_hash(n.whole), SL("t+/=k"), SL("rq"), world_ms, world_ms);
     return look_test;
 }
 
