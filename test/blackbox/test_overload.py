@@ -433,6 +433,7 @@ def test_connections_of_an_address(rig):
             w.close()
         wait_for("room", lambda: s.metrics()["lkjwt_connections"] <= 1)
         assert s.request("GET", "/healthz").status == 200
+    rig.other.forget()
     rig.other.on(USERINFO, Reply(raw=b"", hang=True))
     try:
         with rig.service(LKJWT_TRUSTED_PROXIES="127.0.0.0/8", LKJWT_CONNS_PER_ADDR="2", LKJWT_DRAIN_S="0") as s:
@@ -536,6 +537,7 @@ def until_granted_all(s, rig, hosts):
 
 def test_the_spare_descriptor_answers(rig):
     """With no descriptor left and no idle client to give one up a newcomer is told, not left in the queue."""
+    rig.other.forget()
     rig.other.on(USERINFO, Reply(raw=b"", hang=True))
     try:
         with rig.service(LKJWT_DRAIN_S="0", LKJWT_METRICS_BIND=f"127.0.0.1:{free_port()}") as s:
