@@ -105,7 +105,7 @@ class Exchange:
                     return e
             return None
         try:
-            return wait_for(f"a log line {match}", find, timeout=5)
+            return wait_for(f"a log line {match}", find)
         except TimeoutError:
             raise AssertionError(f"no log line {match} of {self.server}: {self.reply}\n"
                                  + "\n".join(map(str, self.lines()))) from None

@@ -529,7 +529,7 @@ def test_other_homeservers_take_no_more_than_their_share():
         for t in threads:
             t.join(40)
         assert sorted(set(done)) == [200, 429] and done.count(429) == 6 and crowd.most == 12, (done, crowd.most)
-        assert w.svc.events("QUEUE_FULL")
+        w.svc.wait_event("QUEUE_FULL")
 
 
 def test_rooms_of_other_homeservers_are_counted():
@@ -545,7 +545,7 @@ def test_rooms_of_other_homeservers_are_counted():
             return w.post(FEDERATION[1], None, body_of(room, user_id=user, slot_id=slot), origin="fed.test").status
         assert [fed(1, slot) for slot in "abcab"] == [200, 200, 429, 200, 200]
         assert [fed(2, slot) for slot in "cda"] == [200, 429, 200]
-        assert w.svc.events("RATE_ROOMS")
+        w.svc.wait_event("RATE_ROOMS")
         user, _ = w.user(room)
         for slot in "efgh":
             assert w.post(GET, user, body_of(room, slot_id=slot)).status == 200
@@ -884,7 +884,7 @@ def test_tokens_of_one_user_are_bounded():
         assert w.post(GET, other, body_of(room)).status == 200
         text = w.svc.metrics_text()
         assert "lkjwt_participants_watched 33\n" in text and len(text) < 60_000, len(text)
-        assert w.svc.events("SEATS_FULL")
+        w.svc.wait_event("SEATS_FULL")
 
 
 def test_rates_hold_here_too():

@@ -484,7 +484,7 @@ def test_stderr_nobody_reads(rig):
         for n in range(1500):
             assert s.post("/sfu/get", "", [("X-Request-Id", "x" * 64)], timeout=5).status == 400
         check_granted(s.post("/get_token", rig.body("/get_token", rig.full), timeout=5))
-        assert s.request("GET", "/healthz", timeout=1).status == 200
+        assert s.request("GET", "/healthz", timeout=5).status == 200
         assert s.stop() == 0
     for line in s.log_text().split("\n")[:50]:
         parse_line(line)

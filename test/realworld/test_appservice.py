@@ -160,7 +160,7 @@ def test_users_of_both_homeservers_are_in_one_call(sites, base):
             assert {i: p["permission"].get("can_publish", False) for i, p in there.items()} == {
                 ann.identity: True, bob.identity: True, dan.identity: False}
     asyncio.run(talk())
-    assert sites.ds.events("RELAYED", server=sites.gamma.name)
+    sites.ds.wait_event("RELAYED", server=sites.gamma.name)
 
 
 def test_who_is_not_in_the_room_gets_nothing(sites):
