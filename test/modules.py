@@ -57,10 +57,16 @@ def run(title, words, left_out, env):
     return passed, failed
 
 
+def paced(title):
+    """The module's name if it is one of PACED."""
+    name = title.partition(",")[0]
+    return name if name in PACED else None
+
+
 def memory(title, env):
     """pytest's arguments for where it keeps what failed."""
-    name = title.partition(",")[0]
-    if name not in PACED:
+    name = paced(title)
+    if not name:
         return ["-p", "no:cacheprovider"]
     return ["-o", f"cache_dir={env['LKJWT_CANARY_DIR']}-failed-{name}"]
 
@@ -69,7 +75,7 @@ def again(row, count, env):
     """The count of a module, what failed in it run by itself."""
     title, words, left_out = row
     passed, failed = count
-    if title.partition(",")[0] not in PACED or not 0 < failed <= FEW:
+    if not paced(title) or not 0 < failed <= FEW:
         return count
     print(f"{title}: the {failed} that failed, by themselves", flush=True)
     good, bad = run(title, [*words, "--lf", "--lfnf=none"], passed + left_out,
