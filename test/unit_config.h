@@ -177,8 +177,8 @@ static void key_file_rows(void)
           "" },
     };
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
-        file_write("build/unit/keys", tab[i].text);
-        bool ok = cfg_try(ENV_MIN "LIVEKIT_KEY_FILE=build/unit/keys");
+        file_write("keys", tab[i].text);
+        bool ok = cfg_try(ENV_MIN "LIVEKIT_KEY_FILE=keys");
         row(name_of("key file: %s", tab[i].name), ok == (tab[i].cnt > 0)
             && (!ok || (cfg.key_cnt == (size_t)tab[i].cnt
                         && sl_eq(cfg.key[0].name, sl_str(tab[i].first))))
@@ -186,8 +186,8 @@ static void key_file_rows(void)
             cfg.key_cnt, log_buf);
     }
     /* the file's secret is what signs */
-    file_write("build/unit/keys", "devkey: devsecret\nk2: other\n");
-    bool ok = cfg_try(ENV_MIN "LIVEKIT_KEY_FILE=build/unit/keys");
+    file_write("keys", "devkey: devsecret\nk2: other\n");
+    bool ok = cfg_try(ENV_MIN "LIVEKIT_KEY_FILE=keys");
     struct bb b = work_bb();
     jwt_sign(&b, &cfg.key[0].sec_key, SL("{\"iss\":\"devkey\",\"exp\":"
         "1726761439,\"nbf\":1726760839,\"iat\":1726760839,\"video\":"
@@ -200,20 +200,20 @@ static void key_file_rows(void)
     static const struct { const char *name, *env; bool ok; const char *key; }
     from[] = {
         { "both from files", "LIVEKIT_KEY-;LIVEKIT_KEY_FROM_FILE="
-          "build/unit/key;LIVEKIT_SECRET_FROM_FILE=build/unit/secret", true,
+          "key;LIVEKIT_SECRET_FROM_FILE=secret", true,
           "filekey" },
-        { "files win", "LIVEKIT_KEY_FROM_FILE=build/unit/key", true,
+        { "files win", "LIVEKIT_KEY_FROM_FILE=key", true,
           "filekey" },
-        { "mixed", "LIVEKIT_SECRET_FROM_FILE=build/unit/secret", true, "k" },
-        { "no such file", "LIVEKIT_KEY_FROM_FILE=build/unit/none", false,
+        { "mixed", "LIVEKIT_SECRET_FROM_FILE=secret", true, "k" },
+        { "no such file", "LIVEKIT_KEY_FROM_FILE=none", false,
           "" },
-        { "empty file", "LIVEKIT_KEY_FROM_FILE=build/unit/empty", false,
+        { "empty file", "LIVEKIT_KEY_FROM_FILE=empty", false,
           "" },
         { "a folder", "LIVEKIT_SECRET_FROM_FILE=build/unit", false, "" },
     };
-    file_write("build/unit/key", " filekey\r\n");
-    file_write("build/unit/secret", "0123456789abcdef0123456789abcdef\n");
-    file_write("build/unit/empty", " \n");
+    file_write("key", " filekey\r\n");
+    file_write("secret", "0123456789abcdef0123456789abcdef\n");
+    file_write("empty", " \n");
     for (size_t i = 0; i < COUNT_OF(from); i++) {
         char env[600];
         snprintf(env, sizeof env, ENV_MIN "%s", strstr(from[i].env, "-;")
@@ -246,10 +246,10 @@ static void ca_rows(void)
     unsigned cnt = 0;
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
         bool ok = cfg_try(ENV_MIN
-            "LKJWT_CA_ONLY=true;LKJWT_CA_FILE=build/unit/ca.pem");
-        unlink("build/unit/ca.pem");
+            "LKJWT_CA_ONLY=true;LKJWT_CA_FILE=ca.pem");
+        unlink("ca.pem");
         if (tab[i].file < 4)
-            file_write("build/unit/ca.pem", tab[i].file < 3
+            file_write("ca.pem", tab[i].file < 3
                 ? pem[tab[i].file] : "");
         log_clear();
         bool served = ca_load();
@@ -264,8 +264,8 @@ static void ca_rows(void)
 
 static void test_config(void)
 {
-    file_write("build/unit/hosts", "10.9.8.7 inhosts\n");
-    cfg.hosts_file = SL("build/unit/hosts\0");
+    file_write("hosts", "10.9.8.7 inhosts\n");
+    cfg.hosts_file = SL("hosts\0");
     world_ms += 5000;               /* files are looked at once a second */
     bind_rows();
     cfg.hosts_file = (sl){ NULL, 0 };

@@ -510,10 +510,10 @@ static void fault_env(const char *const more[][2], size_t cnt)
     static const char *const env[][2] = {
         { "LIVEKIT_URL", "wss://sfu.example.org" },
         { "LKJWT_LIVEKIT_API_URL", "http://10.0.0.8:7880" },
-        { "LIVEKIT_KEY_FILE", "build/unit/keys" },
+        { "LIVEKIT_KEY_FILE", "keys" },
         { "LIVEKIT_FULL_ACCESS_HOMESERVERS", "a.org" },
         { "LKJWT_FEDERATION_API_URL_OVERRIDES", "a.org=http://10.0.0.9" },
-        { "LKJWT_HOSTS_FILE", "build/unit/hosts" },
+        { "LKJWT_HOSTS_FILE", "hosts" },
         { "LKJWT_CA_FILE", STRAY },
         { "LKJWT_CA_ONLY", "true" },
         { "LIVEKIT_JWT_BIND", "127.0.0.1:8080" },
@@ -731,7 +731,7 @@ static bool fault_check_whole(void)
 static void fault_check_child(void)
 {
     static const char *const env[][2] = {
-        { "LKJWT_CA_FILE", "build/unit/root.pem" },
+        { "LKJWT_CA_FILE", "root.pem" },
         { "LKJWT_RESOLVER", "10.0.0.53" } };
     fault_env(env, COUNT_OF(env));
     world_wall = 1790000000000 - world_ms;       /* within certificates */
@@ -797,9 +797,9 @@ static void fault_start_rows(void)
     struct bb root = work_bb();
     pem_put(&root, chain_part('R', NULL));
     bb_byte(&root, 0);
-    file_write("build/unit/root.pem", (char *)work_buf);
-    file_write("build/unit/hosts", "127.0.0.1 localhost\n");
-    file_write("build/unit/keys",
+    file_write("root.pem", (char *)work_buf);
+    file_write("hosts", "127.0.0.1 localhost\n");
+    file_write("keys",
         "devkey: 0123456789abcdef0123456789abcdef\n");
     fault_each(tab, COUNT_OF(tab));
     world_has_random = false;
@@ -827,7 +827,7 @@ static const struct {
         65532 },
 };
 
-#define JAIL_LINKS "build/unit/links"
+#define JAIL_LINKS "links"
 static int jail_start_errno;             /* of the call that fails */
 
 static void jail_start(size_t who, char mode, bool has_outer)
@@ -854,7 +854,7 @@ static void jail_start(size_t who, char mode, bool has_outer)
     cfg.ca_only = true;
     cfg.cert_dir = SL(JAIL_LINKS "\0");
     cfg.bind.is_unix = true;
-    cfg.bind.path = SL("build/unit/socket\0");
+    cfg.bind.path = SL("socket\0");
 }
 
 /* Whether a layer holds, as the kernel has it. */

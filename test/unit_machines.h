@@ -311,11 +311,11 @@ static void family_rows(void)
         { "hosts file, one family: the other is not asked", "v4only",
           "drop", "drop", "10.9.8.6 ", 0 },
     };
-    file_write("build/unit/hosts2",
+    file_write("hosts2",
         "10.9.8.7 inhosts\nfd00::7 inhosts\n10.9.8.6 v4only\n");
     for (size_t i = 0; i < COUNT_OF(tab); i++) {
         net_reset();
-        cfg.hosts_file = SL("build/unit/hosts2\0");
+        cfg.hosts_file = SL("hosts2\0");
         zone_add("a.org", "A", tab[i].a);
         zone_add("a.org", "AAAA", tab[i].aaaa);
         int64_t begin = world_ms;
@@ -1024,8 +1024,8 @@ static void test_upstream(void)
         bb_str(&hosts, "\n");
     }
     bb_byte(&hosts, 0);
-    file_write("build/unit/hosts3", (char *)work_buf);
-    cfg.hosts_file = SL("build/unit/hosts3\0");
+    file_write("hosts3", (char *)work_buf);
+    cfg.hosts_file = SL("hosts3\0");
     site_tab[0] = (struct site){ .host = "10.0.0.1", .port = 80,
         .reply = { OK_REPLY } };
     for (int i = 0; i < LIM_IDLE_CNT + 3; i++) {
@@ -2527,7 +2527,7 @@ static int watched_cnt(void)
     return n;
 }
 
-#define STRAY "build/unit/ca2.pem"
+#define STRAY "ca2.pem"
 
 /* A CA file with an authority that has signed nothing here, or with none. */
 static void stray_file(bool is_good)

