@@ -799,8 +799,7 @@ static void fault_start_rows(void)
     bb_byte(&root, 0);
     file_write("root.pem", (char *)work_buf);
     file_write("hosts", "127.0.0.1 localhost\n");
-    file_write("keys",
-        "devkey: 0123456789abcdef0123456789abcdef\n");
+    file_write("keys", "devkey: 0123456789abcdef0123456789abcdef\n");
     fault_each(tab, COUNT_OF(tab));
     world_has_random = false;
     row("start-up without getrandom(): no service", fault_start() != NULL

@@ -455,7 +455,6 @@ def test_connections_of_an_address(rig):
                 w.close()
     finally:
         rig.other.off()
-        rig.other.forget()
 
 
 def test_s11_a_refused_body_is_no_request(rig):
@@ -578,4 +577,3 @@ def test_the_spare_descriptor_answers(rig):
             check_granted(ask(s, rig, rig.full) if first.status == 503 else first)
     finally:
         rig.other.off()
-        rig.other.forget()
